@@ -1,0 +1,425 @@
+"""Video-ColBERT (CVPR 2025): text-to-video retrieval by contextualised late interaction, in one file.
+
+    model = VideoColBERT(Config())                                      # CLIP ViT-B/32 and the paper's MSR-VTT settings
+    frames = torch.stack([sample_frames(path, 12, 224) for path in paths])
+    F, V = model.encode_video(frames)                                   # before and after the temporal transformer
+    ids, mask = model.tokenize(["a man feeds a dog"])
+    Q = model.encode_query(ids, mask)
+    scores = mean_max_sim(Q, F, mask) + mean_max_sim(Q, V, mask)        # (queries, videos), equation 5
+
+Shapes: A queries, B videos, M query tokens, N frames, E visual expansion tokens, d joint embedding width.
+In the paper's order: settings, interaction (4.1), loss (4.3), encoders and temporal transformer (4.1, 4.2), then
+what surrounds them: frames from a file (5.2), metrics (5.3), Figure 4.
+"""
+import copy
+import difflib
+import json
+import os
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+
+import av
+import numpy as np
+import open_clip
+import safetensors.torch
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+from torch.nn.functional import cross_entropy, logsigmoid, normalize
+from torch.utils.checkpoint import checkpoint
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings. Defaults are the paper's for MSR-VTT with CLIP-B/32. The comment of a field is its --help in train.py.
+
+@dataclass
+class Config:
+    backbone: str = "ViT-B-32-quickgelu"    # open_clip model (section 5.2), or "tiny", small enough to train on a CPU
+    pretrained: str | None = "auto"         # open_clip tag, weights file or none; auto: OpenAI's CLIP, WebLI's SigLIP (5.2)
+    num_frames: int = 12                    # frames a video (section 5.2, Table 7)
+    num_tokens: int = 32                    # tokens a query (section 5.2); SigLIP always uses its own 64
+    pad_token: int = 0                      # id that fills a CLIP query up to its length, 0 is "!" (Table 12)
+    query_augmentation: bool = True         # pad tokens take part in MeanMaxSim (section 4.2, Table 5)
+    temporal_layers: int = 4                # depth of the temporal transformer (section 5.2, Table 8)
+    visual_expansion: int = 2               # E, learned tokens beside the frames (sections 4.2, 5.2)
+    loss: str = "sigmoid"                   # sigmoid or infonce (section 4.3, Table 4)
+    loss_form: str = "dual"                 # dual (equation 7) or combined, one loss on the sum (section 6, Table 4)
+    lambda_frame: float = 1.0               # weight of the loss on MMS_F (equation 7, section 5.2)
+    lambda_video: float = 1.0               # weight of the loss on MMS_V (equation 7, section 5.2)
+    logit_scale: float = 4.77               # log t of equation 6, SigLIP's (section 6)
+    logit_bias: float = -12.93              # b of equation 6, SigLIP's (section 6)
+    learn_scale: bool = False               # train log t and b; the paper fixes them (section 6)
+    freeze: bool = True                     # positions, patch and token embeddings stay as pre-trained (section 5.2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Interaction (section 4.1)
+
+def mean_max_sim(Q, V, mask=None):
+    """Every query against every video, equations 3 and 4: the mean over query tokens of the best frame's similarity.
+
+    Q (A, M, d), V (B, N, d), optional bool mask (A, M) of the tokens that count -> (A, B), float32 at least.
+    Vectors are used as they come: unit vectors make the result a mean of cosines. Neither pass holds (A, B, M, N).
+    """
+    def block(q, v, w):                                                     # (a, M, d), (b, N, d), (a, M)
+        best = q @ v[:, 0].T                                                # (a, M, b)
+        for n in range(1, v.shape[1]):
+            best = torch.maximum(best, q @ v[:, n].T)                       # max over n
+        return (w[:, None] @ best).squeeze(1)                               # (a, b), mean over m
+
+    with torch.autocast(Q.device.type, enabled=False):                      # bf16 would round x before t = 118 scales it
+        Q, V = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (Q, V))
+        W = torch.ones_like(Q[..., 0]) if mask is None else mask.to(Q.dtype)
+        W = W / W.sum(1, keepdim=True)                                      # (A, M), 1/M over the tokens that count
+        b = min(len(V), 1024) or 1
+        a = max(1, 2 ** 24 // (b * Q.shape[1] * V.shape[1]))                # a backward pass recomputes 2^24 products a time
+        return torch.cat([torch.cat([
+            checkpoint(block, q, v, w, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else block(q, v, w)
+            for v in V.split(b)], dim=1) for q, w in zip(Q.split(a), W.split(a))])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses (section 4.3). `positives` is bool (A, B), default the diagonal; `logit_scale` is log t, as SigLIP stores it.
+
+def sigmoid_loss(sim, positives=None, logit_scale=4.77, logit_bias=-12.93):
+    """Equation 6 on similarities (A, B) -> scalar, the mean over queries of the sum over videos.
+
+    The bias enters as `t x + b` within the log sigmoid, as in SigLIP's released code; the paper's print has `-t x + b`.
+    """
+    if positives is None:
+        positives = torch.eye(*sim.shape, dtype=torch.bool, device=sim.device)
+    z = torch.where(positives, 1.0, -1.0)                                   # (A, B)
+    t = torch.as_tensor(logit_scale, dtype=sim.dtype, device=sim.device).exp()          # 4.77 is log t, t = 117.9
+    return -logsigmoid(z * (t * sim + logit_bias)).sum() / len(sim)         # over B, not B squared
+
+
+def info_nce_loss(sim, positives=None, logit_scale=4.6052):
+    """The baseline of section 4.3 on similarities (A, B) -> scalar: cross entropy over rows and columns, averaged.
+
+    Several positives in a row (or column) share its target evenly; each row and column needs one.
+    """
+    if positives is None:
+        positives = torch.eye(*sim.shape, dtype=torch.bool, device=sim.device)
+    y, logits = positives.to(sim.dtype), torch.as_tensor(logit_scale, dtype=sim.dtype, device=sim.device).exp() * sim
+    return (cross_entropy(logits, y / y.sum(1, keepdim=True)) + cross_entropy(logits.T, y.T / y.T.sum(1, keepdim=True))) / 2
+
+
+def dual_loss(sim_F, sim_V, positives=None, loss=sigmoid_loss, lambda_frame=1.0, lambda_video=1.0, **scale):
+    """Equation 7: one loss on MMS_F and one on MMS_V, both (A, B), so that each level stands alone."""
+    return lambda_frame * loss(sim_F, positives, **scale) + lambda_video * loss(sim_V, positives, **scale)
+
+
+def combined_loss(sim_F, sim_V, positives=None, loss=sigmoid_loss, **scale):
+    """The ablation of Table 4: one loss on MMS_FV = MMS_F + MMS_V, both (A, B)."""
+    return loss(sim_F + sim_V, positives, **scale)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model (sections 4.1, 4.2, 5.2)
+
+TINY = dict(embed_dim=64,                                                   # for the embedded data and for tests
+            vision_cfg=dict(image_size=64, patch_size=16, width=64, layers=2, head_width=32),
+            text_cfg=dict(width=64, heads=2, layers=2))
+
+
+def load_backbone(name, pretrained):
+    """open_clip model by name -> (model, mean (3,), std (3,)). No weights, unknown names and tags raise ValueError."""
+    if name == "tiny":
+        return open_clip.CustomTextCLIP(**TINY), open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+    if name not in open_clip.list_models():
+        near = difflib.get_close_matches(name, ["tiny", *open_clip.list_models()], n=5, cutoff=0.4)
+        raise ValueError(f"unknown backbone {name!r}; near names: {', '.join(near)}")
+    config = open_clip.get_model_config(name)
+    config.pop("custom_text", None)
+    if "multimodal_cfg" in config or "hf_model_name" in config["text_cfg"] or isinstance(config["vision_cfg"].get("layers"), list):
+        raise ValueError(f"backbone {name!r} is not a CLIP or SigLIP vision transformer with open_clip's own text encoder")
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    default = next((tag for tag in ("openai", "webli") if tag in tags), None)
+    tag = default if pretrained == "auto" else pretrained
+    source = open_clip.get_pretrained_cfg(name, tag if tag in tags else default or "")
+    clip = open_clip.CustomTextCLIP(**config)
+    if pretrained is not None:
+        if tag in tags:
+            if source.get("quick_gelu", False) != config.get("quick_gelu", False):     # silently costs accuracy
+                raise ValueError(f"weights {tag!r} and backbone {name!r} differ in QuickGELU; use the name with -quickgelu")
+            try:
+                path = open_clip.download_pretrained(source)
+            except Exception as error:                                      # any failure of the hub, the network or the disk
+                raise ValueError(f"no weights for {name} {tag!r}: fetch {source.get('hf_hub') or source['url']} "
+                                 f"and pass --pretrained PATH ({str(error).splitlines()[0]})") from None
+        elif tag and os.path.isfile(tag):
+            path = tag
+        else:
+            raise ValueError(f"no weights {pretrained!r} for {name}: give a file, none, or one of {', '.join(tags) or '(no tags)'}")
+        try:
+            open_clip.load_checkpoint(clip, path)
+        except Exception as error:
+            raise ValueError(f"{path} does not hold the weights of {name} ({str(error).splitlines()[0]})") from None
+    return clip, source.get("mean", open_clip.OPENAI_DATASET_MEAN), source.get("std", open_clip.OPENAI_DATASET_STD)
+
+
+FROZEN = ("text.positional_embedding", "text.token_embedding",              # positions, tokens and patches (section 5.2)
+          "visual.positional_embedding", "visual.conv1", "visual.trunk.pos_embed", "visual.trunk.patch_embed")
+
+
+class VideoColBERT(nn.Module):
+    """Query encoder, frame encoder and temporal transformer of Figure 2, with the training loss.
+
+    Everything works on unit vectors in float32, also under autocast. `image_size` is the side of the frames in pixels.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.clip, mean, std = load_backbone(config.backbone, config.pretrained)
+        self.clip.logit_scale = self.clip.logit_bias = None                 # ours are below
+        text, self.image_size = self.clip.text, self.clip.visual.image_size[0]
+        width, d = text.positional_embedding.shape[1], text.output_dim
+        if width != d:
+            raise ValueError(f"backbone {config.backbone!r}: the text encoder's layers are {width} wide, its output {d}; "
+                             "the temporal transformer needs both alike")
+        self.is_siglip = text.pool_type == "last"                           # bidirectional, pads to all its positions
+        self.num_tokens = text.context_length if self.is_siglip else config.num_tokens
+        if not 3 <= self.num_tokens <= text.context_length:
+            raise ValueError(f"num_tokens must be 3 to {text.context_length} for {config.backbone}, not {config.num_tokens}")
+        if min(config.num_frames, config.temporal_layers) < 1 or config.visual_expansion < 0:
+            raise ValueError("num_frames and temporal_layers must be at least 1, visual_expansion at least 0")
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1), persistent=False)
+
+        # Same width, heads and activation as the text encoder, and its first layers' weights (the paper is silent on
+        # the weights; CLIP4Clip, X-CLIP and DRL do so). A stack deeper than the text encoder starts over.
+        blocks = text.transformer.resblocks
+        self.temporal = nn.ModuleList(copy.deepcopy(blocks[i % len(blocks)]) for i in range(config.temporal_layers))
+        self.frame_positions = nn.Parameter(0.3 * torch.randn(config.num_frames, d))    # smaller ones drown in the features
+        self.visual_expansion = nn.Parameter(0.02 * torch.randn(config.visual_expansion, d))
+        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale), requires_grad=config.learn_scale)
+        self.logit_bias = nn.Parameter(torch.tensor(config.logit_bias), requires_grad=config.learn_scale)
+        for name, p in self.clip.named_parameters():
+            p.requires_grad = not (config.freeze and name.startswith(FROZEN))
+
+    # -- query side (section 5.2)
+
+    @cached_property
+    def tokenizer(self):
+        if self.config.backbone == "tiny":
+            return open_clip.SimpleTokenizer()
+        try:
+            return open_clip.get_tokenizer(self.config.backbone)
+        except Exception as error:                                          # SigLIP's comes from the hub on first use
+            name = open_clip.get_model_config(self.config.backbone)["text_cfg"].get("hf_tokenizer_name")
+            raise ValueError(f"no tokenizer {name}: fetch it once with a network ({str(error).splitlines()[0]})") from None
+
+    def real_tokens(self, ids):
+        """ids (A, M) -> bool (A, M): start, words and end, not the pads."""
+        end = self.tokenizer.tokenizer.eos_token_id if self.is_siglip else self.tokenizer.eot_token_id
+        return torch.arange(ids.shape[1], device=ids.device) <= (ids == end).int().argmax(1, keepdim=True)
+
+    def tokenize(self, texts):
+        """list of A str -> ids int64 (A, M), mask bool (A, M) of the tokens that MeanMaxSim averages over.
+
+        With query augmentation these are all M. A caption that is too long is cut and keeps its end token.
+        """
+        ids = self.tokenizer(texts, context_length=self.num_tokens)         # (A, M)
+        real = self.real_tokens(ids)
+        if not self.is_siglip:
+            ids = ids.where(real, self.config.pad_token)
+        return ids, real | self.config.query_augmentation
+
+    def encode_query(self, ids, mask):
+        """ids (A, M), mask (A, M) from tokenize -> Q float32 (A, M, d), unit vectors, 0 where the mask is False.
+
+        open_clip keeps one token's output, here each goes through the final norm and the projection. Pads follow the
+        words, so under CLIP's causal mask no word sees them; SigLIP always attends to them.
+        """
+        text, M = self.clip.text, ids.shape[1]
+        x = text.token_embedding(ids) + text.positional_embedding[:M]       # (A, M, width)
+        x = text.transformer(x, attn_mask=None if text.attn_mask is None else text.attn_mask[:M, :M])
+        x = text.ln_final(x)
+        x = text.text_projection(x) if isinstance(text.text_projection, nn.Linear) else x @ text.text_projection
+        return normalize(x.float(), dim=-1) * mask[..., None]               # (A, M, d)
+
+    # -- video side (sections 4.1, 4.2)
+
+    def encode_video(self, frames):
+        """uint8 frames (B, N, 3, image_size, image_size), RGB -> F (B, N, d), V (B, N + E, d), float32 unit vectors.
+
+        N is at most config.num_frames. Anything else raises ValueError.
+        """
+        N, size = self.config.num_frames, self.image_size
+        if frames.dtype != torch.uint8 or frames.ndim != 5 or frames.shape[2:] != (3, size, size) or not 1 <= frames.shape[1] <= N:
+            raise ValueError(f"frames must be uint8 (B, 1 to {N}, 3, {size}, {size}), not "
+                             f"{str(frames.dtype).removeprefix('torch.')} {tuple(frames.shape)}")
+        x = (frames.flatten(0, 1) - self.mean) / self.std                   # (B N, 3, H, W), the paper's resize is done before
+        f = self.clip.visual(x).unflatten(0, frames.shape[:2])              # (B, N, d), [CLS] or SigLIP's attention pool
+        e = self.visual_expansion.expand(len(f), -1, -1)                    # (B, E, d)
+        x = torch.cat([f + self.frame_positions[:f.shape[1]], e], dim=1)    # (B, N + E, d)
+        for block in self.temporal:                                         # no causal mask: every frame sees every frame
+            x = block(x)
+        x = x + torch.cat([f, e], dim=1)                                    # residual around it all, as CLIP4Clip has (paper silent)
+        return normalize(f.float(), dim=-1), normalize(x.float(), dim=-1)
+
+    # -- training
+
+    def loss(self, Q, mask, F, V, positives=None):
+        """Q (A, M, d), mask (A, M), F (B, N, d), V (B, N + E, d), positives bool (A, B) -> loss, MMS_F, MMS_V (A, B)."""
+        c = self.config
+        sim_F, sim_V = mean_max_sim(Q, F, mask), mean_max_sim(Q, V, mask)
+        loss, scale = info_nce_loss, dict(logit_scale=self.logit_scale)
+        if c.loss == "sigmoid":
+            loss, scale = sigmoid_loss, dict(scale, logit_bias=self.logit_bias)
+        if c.loss_form == "dual":
+            return dual_loss(sim_F, sim_V, positives, loss, c.lambda_frame, c.lambda_video, **scale), sim_F, sim_V
+        return combined_loss(sim_F, sim_V, positives, loss, **scale), sim_F, sim_V
+
+    def forward(self, ids, mask, frames, positives=None):
+        """A batch's training loss, with MMS_F and MMS_V (A, B); arguments as above."""
+        return self.loss(self.encode_query(ids, mask), mask, *self.encode_video(frames), positives)
+
+    # -- a model is a folder with config.json and model.safetensors
+
+    def save(self, folder):
+        """Write config.json and model.safetensors into `folder`, each whole or not at all."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: p.detach().cpu().contiguous() for name, p in self.state_dict().items()}
+        safetensors.torch.save_file(weights, folder / "model.safetensors.part")
+        config = {f.name: getattr(self.config, f.name) for f in fields(Config)}
+        (folder / "config.json.part").write_text(json.dumps(config, indent=2))
+        for name in ("model.safetensors", "config.json"):
+            os.replace(folder / f"{name}.part", folder / name)
+
+    @classmethod
+    def load(cls, folder):
+        """The model that save wrote, in eval mode. Raises ValueError where the folder does not hold one."""
+        folder = Path(folder)
+        try:
+            config = Config(**json.loads((folder / "config.json").read_text()))
+            model = cls(replace(config, pretrained=None))                   # weights come from the folder, not from the hub
+            model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
+        except (OSError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+            raise ValueError(f"{folder} does not hold a model: {str(error).splitlines()[0]}") from None
+        model.config = config
+        return model.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Frames of a file (section 5.2)
+
+def sample_frames(path, num_frames, size):
+    """TSN-style sampling: the frame on screen at the middle of each of `num_frames` equal segments of the clip.
+
+    -> uint8 (num_frames, 3, size, size), RGB, resized without keeping the aspect ratio, turned as the file says. A clip
+    with fewer frames repeats them. Segments are equal in time, so that a variable frame rate is sampled as it is seen;
+    times come from the packets, for headers lie. Raises ValueError, which names the file, where no frame can be had.
+    """
+    def rgb(frame):                                                         # square, so turning comes to the same after it
+        pixels = frame.to_ndarray(width=size, height=size, format="rgb24", interpolation="BICUBIC")
+        return np.rot90(pixels, round(frame.rotation / 90))                 # (size, size, 3)
+
+    try:
+        with av.open(str(path)) as container:                               # when each frame is shown
+            stream = container.streams.best("video")
+            if stream is None:
+                raise ValueError("no video stream")
+            packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
+            times, length = sorted(p.pts for p in packets if p.pts is not None), 0
+            clocked = 0 < len(times) == len(packets)
+            if clocked:
+                length = max(packets, key=lambda p: p.pts).duration or (times[-1] - times[0]) // len(times) or 1
+        if not clocked:                                                     # a raw stream has no clock: frames are its ticks
+            with av.open(str(path)) as container:
+                times, length = list(range(sum(1 for _ in container.decode(container.streams.best("video"))))), 1
+        if not times:
+            raise ValueError("no frames")
+        middles = times[0] + (np.arange(num_frames) + 0.5) / num_frames * (times[-1] + length - times[0])
+        wanted = np.array(times)[np.searchsorted(times, middles, side="right") - 1]     # (num_frames,), in order
+
+        frames, shown = [], None
+        with av.open(str(path)) as container:
+            for i, frame in enumerate(container.decode(container.streams.best("video"))):
+                now = frame.pts if clocked else i
+                while shown and len(frames) < num_frames and wanted[len(frames)] < now:
+                    frames.append(rgb(shown))
+                if len(frames) == num_frames:
+                    break
+                shown = frame
+        if shown is None:
+            raise ValueError("no frame can be decoded")
+        frames += [rgb(shown)] * (num_frames - len(frames))
+    except (OSError, ValueError) as error:                                  # all of PyAV's errors are one or the other
+        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()          # (N, 3, size, size)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics (section 5.3)
+
+def retrieval_metrics(sim, target):
+    """sim (A, B), int target (A,), the one relevant video of each query -> dict of floats.
+
+    R@1, R@5, R@10 in percent, nDCG@10 in 0..1, median and mean rank MdR and MnR. A tie counts against the model: a rank
+    is the number of videos that score at least as high. Raises ValueError for NaN and for no queries.
+    """
+    sim, target = torch.as_tensor(sim), torch.as_tensor(target, dtype=torch.int64)
+    if sim.isnan().any():
+        raise ValueError("the similarities hold NaN")
+    if len(sim) == 0:
+        raise ValueError("no queries to evaluate")
+    rank = (sim >= sim.gather(1, target[:, None])).sum(1).double()          # (A,), 1 is best
+    return {**{f"R@{k}": 100 * (rank <= k).double().mean().item() for k in (1, 5, 10)},
+            "nDCG@10": torch.where(rank <= 10, 1 / torch.log2(1 + rank), 0).mean().item(),
+            "MdR": rank.quantile(0.5).item(), "MnR": rank.mean().item()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figure 4: which frame does each word pick, before and after the temporal transformer?
+
+@torch.no_grad()
+def interactions(model, query, frames):
+    """query str, uint8 frames (N, 3, S, S) -> its W words, their similarity to the frames (W, N) before and after.
+
+    A word of several tokens has their mean. As in the paper's figure, expansion tokens of either side take no part.
+    """
+    F, V = model.encode_video(frames[None].to(model.mean.device))           # (1, N, d), (1, N + E, d)
+    special = int(model.real_tokens(model.tokenize([""])[0]).sum())         # start and end, or end alone
+    ids, mask = (x.to(F.device) for x in model.tokenize([query]))
+    real = model.real_tokens(ids)
+    Q = model.encode_query(ids, real)[0, special - 1:int(real.sum()) - 1]   # (T, d), the words' tokens
+    words = query.split()
+    lengths = model.real_tokens(model.tokenize(words)[0]).sum(1) - special  # (W,), tokens a word
+    spans = [Q[end - n:end] for n, end in zip(lengths.tolist(), lengths.cumsum(0).tolist())]
+    kept = [(word, q.mean(0)) for word, q in zip(words, spans) if len(q)]   # a caption may be cut
+    W = torch.stack([q for _, q in kept])                                   # (W, d)
+    return [word for word, _ in kept], W @ F[0].T, W @ V[0, :len(frames)].T
+
+
+def draw_interactions(rows, side=96):
+    """rows of (title, words, frames (N, 3, S, S), before (W, N), after (W, N)) -> PIL image.
+
+    For each row a strip of frames; above a frame the words that pick it before, below it those that do after.
+    """
+    line, left, font = 18, 70, ImageFont.load_default(14)
+    layout = []
+    for _, words, frames, before, after in rows:
+        columns = [[[word for word, n in zip(words, sim.argmax(1).tolist()) if n == k] for k in range(len(frames))]
+                   for sim in (before, after)]
+        layout.append((columns, [max(map(len, column)) * line for column in columns]))
+    width = left + max((len(row[2]) for row in rows)) * side
+    image = Image.new("RGB", (width, sum(sum(heights) + side + 60 for _, heights in layout)), "white")
+    draw, y = ImageDraw.Draw(image), 0
+    for (title, _, frames, *_), (columns, heights) in zip(rows, layout):
+        draw.text((8, y + 8), title, "black", ImageFont.load_default(17))
+        top = y + 36 + heights[0]
+        for k, frame in enumerate(frames):
+            picture = Image.fromarray(frame.permute(1, 2, 0).cpu().numpy()).resize((side - 4, side - 4))
+            image.paste(picture, (left + k * side + 2, top + 2))
+        for name, color, column, at, step in (("before", "#0a7d28", columns[0], top - line, -line),
+                                              ("after", "#c4161c", columns[1], top + side + 2, line)):
+            draw.text((8, at), name, color, font)
+            for k, words in enumerate(column):
+                for j, word in enumerate(words if step > 0 else words[::-1]):
+                    draw.text((left + k * side + side // 2, at + j * step), word[:14], color, font, anchor="ma")
+        y = top + side + heights[1] + 24
+    return image
