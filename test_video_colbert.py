@@ -577,3 +577,255 @@ def test_the_figure_puts_each_word_over_and_under_the_frame_it_picks():
     green = np.argwhere((strip[..., 1] > strip[..., 0] + 60) & (strip[..., 1] > strip[..., 2] + 60))
     red = np.argwhere((strip[..., 0] > strip[..., 1] + 100) & (strip[..., 0] > strip[..., 2] + 100))
     assert set(green[:, 1] // 96) == {1} and set(red[:, 1] // 96) == {3} and green[:, 0].max() < red[:, 0].min()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train.py: settings, data, cache
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+def test_an_epoch_has_every_caption_once_in_a_new_order(k):
+    videos = [("a", list("abc")), ("b", ["d"]), ("c", list("efghi"))]
+    s = train.Settings(captions_per_video=k, seed=3)
+    items = train.epoch_items(videos, s, 0)
+    assert sorted((v, c) for v, chosen in items for c in chosen) == [(v, c) for v in range(3) for c in range(len(videos[v][1]))]
+    assert max(len(chosen) for _, chosen in items) == min(k, 5)
+    assert items == train.epoch_items(videos, s, 0) != train.epoch_items(videos, s, 1)
+
+
+def test_every_setting_is_an_option_with_its_sentence(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for field in train.dataclasses.fields(train.Settings):
+        assert f"--{field.name.replace('_', '-')}" in text
+    assert "frames a video (section 5.2, Table 7) [12]" in text
+
+
+def test_what_is_typed_beats_the_presets_and_these_beat_the_paper():
+    s = train.parse_settings([])
+    assert (s.backbone, s.freeze, s.learn_scale) == ("tiny", False, True)
+    s = train.parse_settings(["--data", "msrvtt"])
+    assert (s.backbone, s.num_frames, s.num_tokens, s.freeze, s.lr, s.lr_pretrained) == ("ViT-B-32-quickgelu", 12, 32, True, 1e-4, 1e-7)
+    s = train.parse_settings(["--data", "msrvtt", "--backbone", "tiny", "--freeze", "--num-frames", "3", "--pretrained", "none"])
+    assert (s.freeze, s.num_frames, s.learn_scale, s.pretrained) == (True, 3, True, None)
+
+
+def test_the_schedule_rises_for_a_tenth_and_falls_to_the_end():
+    factors = [train.schedule(step, 100, 0.1) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1) and factors[9] == factors[10] == 1 and factors[99] == pytest.approx(1 / 90)
+    assert factors[:10] == sorted(factors[:10]) and factors[10:] == sorted(factors[10:], reverse=True)
+
+
+def test_a_batch_marks_every_true_pair():
+    """The same video twice, and a video with the very same caption; a lost clip is left out and named."""
+    frames = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
+    clips = [(7, ["a"], frames), (8, ["b"], frames), (7, ["c"], frames), (9, [], "9.mp4: broken"), (10, ["b"], frames)]
+    captions, positives, stacked, lost = train.collate(clips)
+    assert captions == ["a", "b", "c", "b"] and len(stacked) == 4 and lost == ["9.mp4: broken"]
+    assert positives.int().tolist() == [[1, 0, 1, 0], [0, 1, 0, 1], [1, 0, 1, 0], [0, 1, 0, 1]]
+
+
+CAPTIONS = {f"video{i}": [f"caption {j} of {i}" for j in range(3)] for i in range(6)}
+
+
+def write_msrvtt(root, shape, videos, train_csv=True, clips=6):
+    """A small dataset in one of the layouts of the wild, test videos 1 and 4."""
+    sentences = [(video, text, i) for i, (video, text) in enumerate((v, t) for v in CAPTIONS for t in CAPTIONS[v])]
+    write = {"clip4clip": ["MSRVTT_data.json"], "official": ["train_val_videodatainfo.json", "test_videodatainfo.json"],
+             "frozen": ["annotation/MSR_VTT.json"]}[shape]
+    for k, name in enumerate(write):
+        part = sentences[k::len(write)]
+        data = {"annotations": [{"image_id": v, "caption": t, "id": i} for v, t, i in part]} if shape == "frozen" else {
+            "info": {}, "videos": [{"video_id": v, "split": "train"} for v in CAPTIONS],
+            "sentences": [{"caption": t, "video_id": v, "sen_id": i} for v, t, i in part]}
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(json.dumps(data))
+    if train_csv:
+        (root / "MSRVTT_train.9k.csv").write_text("video_id\nvideo0\nvideo2\nvideo3\n")
+    (root / "MSRVTT_JSFUSION_test.csv").write_text(
+        'key,vid_key,video_id,sentence\nret0,msr1,video1,"the query, of 1"\nret1,msr4,video4,the query of 4\n')
+    (root / videos).mkdir(parents=True)
+    for i in range(clips):
+        write_clip(root / videos / f"video{i}.mp4", 4)
+    return root
+
+
+@pytest.mark.parametrize("shape", ["clip4clip", "official", "frozen"])
+@pytest.mark.parametrize("videos", ["videos/all", "videos", "MSRVTT_Videos", "MSRVTT/videos/all"])
+def test_msrvtt_is_read_in_every_layout(tmp_path, shape, videos):
+    root = write_msrvtt(tmp_path, shape, videos)
+    train_split, test_split = train.load_msrvtt(root)
+    assert [(str(path.relative_to(root)), sorted(c)) for path, c in train_split] == [
+        (f"{videos}/video{i}.mp4", CAPTIONS[f"video{i}"]) for i in (0, 2, 3)]
+    assert test_split == [(root / videos / "video1.mp4", ["the query, of 1"]), (root / videos / "video4.mp4", ["the query of 4"])]
+
+
+def test_without_the_9k_list_all_that_is_not_tested_is_trained_on(tmp_path):
+    train_split, _ = train.load_msrvtt(write_msrvtt(tmp_path, "clip4clip", "videos", train_csv=False))
+    assert [path.stem for path, _ in train_split] == ["video0", "video2", "video3", "video5"]
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda r: (r / "MSRVTT_data.json").unlink(), "no MSRVTT_data.json, .*: unpack https://.*msrvtt_data.zip"),
+    (lambda r: (r / "MSRVTT_JSFUSION_test.csv").unlink(), "no MSRVTT_JSFUSION_test.csv .*: unpack https://.*msrvtt_data.zip"),
+    (lambda r: [f.unlink() for f in (r / "videos").iterdir()], "no videos in .*: unpack https://.*MSRVTT.zip"),
+    (lambda r: (r / "MSRVTT_data.json").write_text('{"sentences": ['), "MSRVTT_data.json: .*line 1"),
+    (lambda r: (r / "MSRVTT_data.json").write_text('{}'), "MSRVTT_data.json: no 'annotations'"),
+    (lambda r: (r / "MSRVTT_train.9k.csv").write_text("id\nvideo0\n"), "MSRVTT_train.9k.csv: no 'video_id'"),
+    (lambda r: (r / "MSRVTT_train.9k.csv").write_text("video_id\nvideo77\n"), "no captions for 1 videos of .*, video77 first"),
+])
+def test_what_is_missing_from_msrvtt_is_named_in_one_line(tmp_path, spoil, message):
+    root = write_msrvtt(tmp_path, "clip4clip", "videos")
+    spoil(root)
+    with pytest.raises(ValueError, match=message) as error:
+        train.load_msrvtt(root)
+    assert "\n" not in str(error.value)
+
+
+def test_no_folder_at_all_says_where_to_get_one(tmp_path):
+    with pytest.raises(ValueError, match=r"no folder .*nowhere: unpack https://.*MSRVTT.zip and https://.* into it, or give --root"):
+        train.load_msrvtt(tmp_path / "nowhere")
+
+
+def decodes(monkeypatch):
+    """A list that grows by a path whenever a file is decoded."""
+    calls = []
+    monkeypatch.setattr(train, "sample_frames", lambda *args: calls.append(str(args[0])) or sample_frames(*args))
+    return calls
+
+
+def test_the_cache_decodes_once_and_gives_the_same_frames(tmp_path, monkeypatch):
+    path, calls = write_clip(tmp_path / "a.mp4"), decodes(monkeypatch)
+    first, second = (train.cached_frames(path, 4, 16, tmp_path / "cache") for _ in range(2))
+    assert torch.equal(first, second) and torch.equal(first, sample_frames(path, 4, 16)) and len(calls) == 1
+    train.cached_frames(path, 5, 16, tmp_path / "cache"), train.cached_frames(path, 4, 24, tmp_path / "cache")
+    assert len(calls) == 3
+    assert train.cached_frames(path, 4, 16, tmp_path / "cache").shape == (4, 3, 16, 16) and len(calls) == 3
+
+
+@pytest.mark.parametrize("at", ["header", "first", "last", "cut", "empty", "longer"])
+def test_a_damaged_cache_is_noticed_and_rebuilt(tmp_path, monkeypatch, at):
+    path, calls = write_clip(tmp_path / "a.mp4"), decodes(monkeypatch)
+    frames = train.cached_frames(path, 4, 16, tmp_path / "cache")
+    (file,) = (tmp_path / "cache").rglob("*.frames")
+    good = file.read_bytes()
+    start = good.index(b"\n") + 1
+    flip = {"header": 5, "first": start, "last": len(good) - 1}.get(at)
+    file.write_bytes({"cut": good[:-7], "empty": b"", "longer": good + b"x"}.get(at) if flip is None else
+                     good[:flip] + bytes([good[flip] ^ 1]) + good[flip + 1:])
+    assert torch.equal(train.cached_frames(path, 4, 16, tmp_path / "cache"), frames) and len(calls) == 2
+    assert file.read_bytes() == good
+
+
+def test_a_replaced_video_is_decoded_anew_even_with_its_old_size_and_time(tmp_path, monkeypatch):
+    path, other = write_clip(tmp_path / "a.mp4", 20), write_clip(tmp_path / "b.mp4", 10)
+    assert not torch.equal(before := train.cached_frames(path, 4, 16, tmp_path / "cache"), sample_frames(other, 4, 16))
+    size, stat = max(path.stat().st_size, other.stat().st_size), path.stat()
+    content = other.read_bytes()
+    path.write_bytes(content + bytes(max(0, stat.st_size - len(content))))
+    train.os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert path.stat().st_mtime_ns == stat.st_mtime_ns and path.stat().st_size == size
+    after = train.cached_frames(path, 4, 16, tmp_path / "cache")
+    assert torch.equal(after, sample_frames(path, 4, 16)) and not torch.equal(after, before)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The embedded data
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "shapes"
+    train.write_shapes(root, galleries=1)
+    return root
+
+
+def test_every_test_caption_of_the_embedded_data_tells_one_video(shapes):
+    """240 test videos, one query each, half on appearance and half on motion, all distinct and true of one video alone."""
+    train_split, test_split = train.load_msrvtt(shapes)
+    sentences = {}
+    for s in json.loads((shapes / "MSRVTT_data.json").read_text())["sentences"]:
+        sentences.setdefault(s["video_id"], []).append(s["caption"])
+    queries = [query for _, (query,) in test_split]
+    assert len(test_split) == len(set(queries)) == 240 and all(path.exists() for path, _ in test_split)
+    assert [train.shapes_kind(q) for q in queries].count("motion") == 120
+    for path, (query,) in test_split:
+        assert [v.stem for v, _ in test_split if query in sentences[v.stem]] == [path.stem]
+    opposite = {m: next(o for o, v in train.MOTIONS.items() if v == (k, -sign)) for m, (k, sign) in train.MOTIONS.items()}
+    said = {tuple(sentences[path.stem])[1] for path, _ in test_split}
+    assert all(text.replace(m, opposite[m]) in said for text in said for m in opposite if text.endswith(m))
+    tested = {tuple(sentences[path.stem]) for path, _ in test_split}
+    assert not tested & {tuple(captions) for _, captions in train_split}
+
+
+@pytest.mark.parametrize("motion, opposite", [("moves left", "moves right"), ("grows", "shrinks"), ("turns left", "turns right"),
+                                              ("appears before a ball", "appears after a ball")])
+def test_opposite_motions_show_the_same_frames_in_opposite_order(tmp_path, motion, opposite):
+    """So that no set of frames tells them apart: any advantage is the temporal level's."""
+    for name, m in (("a.mp4", motion), ("b.mp4", opposite)):
+        train.draw_clip(tmp_path / name, "red", "bar", "blue", m, np.random.default_rng(3))
+    a, b = (sample_frames(tmp_path / name, 8, 64).float() for name in ("a.mp4", "b.mp4"))
+    assert (a - b.flip(0)).abs().mean() < 2 and (a - b).abs().mean() > 5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# End to end
+
+def run(*argv):
+    return subprocess.run([sys.executable, train.__file__, *map(str, argv)], capture_output=True, text=True)
+
+
+SMALL = ["--data", "msrvtt", "--backbone", "tiny", "--num-frames", 3, "--num-tokens", 12, "--batch-size", 4, "--epochs", 2, "--workers", 0]
+
+
+def test_a_run_leaves_its_folder_and_a_table_and_repeats_exactly(tmp_path):
+    root = write_msrvtt(tmp_path / "data", "clip4clip", "videos")
+    results = [run(*SMALL, "--root", root, "--cache", tmp_path / "cache", "--out", tmp_path / name) for name in "ab"]
+    assert [r.returncode for r in results] == [0, 0], results[0].stderr
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert sorted(p.name for p in a.iterdir()) == ["config.json", "interactions.png", "log.jsonl", "model.safetensors", "settings.json"]
+    *steps, last = map(json.loads, (a / "log.jsonl").read_text().splitlines())
+    assert [s["step"] for s in steps] == [0, 1, 2, 3] and {"loss", "MMS_F", "MMS_V", "lr"} <= steps[0].keys()
+    assert [row["score"] for row in last["evaluation"]] == ["MMS_F", "MMS_V", "MMS_FV"] and last["gallery"] == 2
+    assert all(f"{row['score']}" in results[0].stdout for row in last["evaluation"]) and "gallery of 2 videos" in results[0].stdout
+    for name in ("model.safetensors", "log.jsonl"):
+        assert (a / name).read_bytes() == (b / name).read_bytes()
+    assert VideoColBERT.load(a).config.num_frames == 3
+    again = run(*SMALL, "--root", root, "--out", a)
+    assert again.returncode == 2 and again.stderr.splitlines()[-1].startswith("train.py: --out") and "Traceback" not in again.stderr
+
+
+def test_a_missing_test_video_stops_the_evaluation_unless_allowed(tmp_path):
+    root = write_msrvtt(tmp_path / "data", "clip4clip", "videos")
+    (root / "videos/video4.mp4").write_bytes(b"")
+    flags = [*SMALL, "--root", root, "--cache", tmp_path / "cache", "--out", tmp_path / "out"]
+    stopped = run(*flags)
+    assert stopped.returncode == 2 and "1 of 2 test videos cannot be read" in stopped.stderr and "video4.mp4" in stopped.stderr
+    assert "Traceback" not in stopped.stderr and not (tmp_path / "out").exists()
+    allowed = run(*flags, "--allow-missing")
+    assert allowed.returncode == 0 and "gallery of 1 videos, 1 test videos missing" in allowed.stdout
+    (root / "videos/video0.mp4").unlink()
+    stopped = run(*flags[:-1], tmp_path / "other", "--allow-missing")
+    assert stopped.returncode == 2 and "1 of 3 training videos cannot be read" in stopped.stderr and "video0.mp4" in stopped.stdout
+
+
+@pytest.mark.parametrize("flags, message", [(["--batch-size", "400"], "--batch-size 400 is more than the 9 examples"),
+                                            (["--device", "tpu9"], "--device tpu9"), (["--data", "nonsense"], "--data must be"),
+                                            (["--loss", "hinge"], "loss must be"), (["--backbone", "ViT-B-23"], "unknown backbone")])
+def test_a_wrong_flag_is_one_line_and_code_2(tmp_path, flags, message):
+    root = write_msrvtt(tmp_path / "data", "clip4clip", "videos")
+    result = run(*SMALL, "--root", root, "--cache", tmp_path / "cache", "--out", tmp_path / "out", *flags)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert message in result.stderr.splitlines()[-1] and result.stderr.splitlines()[-1].startswith("train.py: ")
+
+
+def test_a_few_videos_are_learned_by_heart(tmp_path, shapes):
+    """The whole road, from H.264 to R@1: among 24 videos it trained on, nearly every query finds its own."""
+    train_split, _ = train.load_msrvtt(shapes)
+    videos = [(path, [captions[i % 2]]) for i, (path, captions) in enumerate(train_split[:24])]
+    s = train.parse_settings(["--num-frames", "4", "--num-tokens", "12", "--epochs", "80", "--batch-size", "24", "--cache", str(tmp_path)])
+    torch.manual_seed(0)
+    model = VideoColBERT(Config(**{f.name: getattr(s, f.name) for f in train.dataclasses.fields(Config)}))
+    losses = []
+    train.train(model, videos, s, torch.device("cpu"), lambda loss, **_: losses.append(loss))
+    sims, target, _ = train.evaluate(model, videos, s, torch.device("cpu"))
+    assert retrieval_metrics(sims["MMS_FV"], target)["R@1"] >= 90 and losses[-1] < losses[0] / 4

@@ -43,7 +43,8 @@ class Settings(Config):
     out: str = ""                           # the run's folder, must be new; default runs/NAME
     cache: str = "data/cache"               # folder of decoded frames, safe to delete
     epochs: int = 5                         # passes over all pairs of video and caption (Table 10 is illegible, DRL's)
-    batch_size: int = 128                   # pairs a step (likewise)
+    batch_size: int = 128                   # videos a step (likewise)
+    captions_per_video: int = 1             # captions of each video in a batch; the video is encoded once for all of them
     lr_pretrained: float = 1e-7             # learning rate of the pre-trained encoders (section 5.2, Table 9)
     lr: float = 1e-4                        # learning rate of the temporal layers and all else that is new (likewise)
     weight_decay: float = 0.01              # Table 9
@@ -56,8 +57,8 @@ class Settings(Config):
 
 
 PRESETS = {
-    "shapes": dict(backbone="tiny", num_frames=8, num_tokens=16, epochs=25, batch_size=64),
-    "tiny": dict(lr_pretrained=1e-3, lr=1e-3, freeze=False, learn_scale=True, logit_scale=math.log(10), logit_bias=-10.0),
+    "shapes": dict(backbone="tiny", num_frames=6, num_tokens=12, epochs=45, batch_size=64, captions_per_video=2),
+    "tiny": dict(lr_pretrained=1e-3, lr=2e-3, freeze=False, learn_scale=True, logit_scale=3.0, logit_bias=-10.0),
 }
 
 
@@ -96,8 +97,8 @@ MOTIONS = {"moves left": ("x", -1), "moves right": ("x", 1), "moves up": ("y", -
 
 def draw_clip(path, color, shape, border, motion, rng, size=96, length=24):
     """Write one H.264 file. A motion and its opposite show the same frames in the opposite order."""
-    x, y, ball_x, ball_y = size * rng.uniform(0.4, 0.6, 4)
-    radius, angle = size * rng.uniform(0.23, 0.28), rng.uniform(-0.2, 0.2)
+    x, y, ball_x, ball_y = size * rng.uniform(0.46, 0.54, 4)
+    radius, angle = size * rng.uniform(0.2, 0.24), rng.uniform(-0.2, 0.2)
     kind, sign = MOTIONS[motion]
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=12, options={"crf": "18", "preset": "veryfast", "threads": "1"})
@@ -109,8 +110,8 @@ def draw_clip(path, color, shape, border, motion, rng, size=96, length=24):
             if kind == "order" and t > 0:
                 draw.circle((ball_x, ball_y), 0.2 * size, (255, 255, 255), (0, 0, 0), 3)
             else:
-                cx, cy = x + 0.22 * size * t * (kind == "x"), y + 0.22 * size * t * (kind == "y")
-                r, a = radius * (1 + 0.5 * t * (kind == "size")), angle + 1.1 * t * (kind == "angle")
+                cx, cy = x + 0.32 * size * t * (kind == "x"), y + 0.32 * size * t * (kind == "y")
+                r, a = radius * (1 + 0.5 * t * (kind == "size")), angle + 1.3 * t * (kind == "angle")
                 draw.polygon([(cx + r * (u * math.cos(a) - v * math.sin(a)), cy + r * (u * math.sin(a) + v * math.cos(a)))
                               for u, v in SHAPES[shape]], COLORS[color])
             container.mux(stream.encode(av.VideoFrame.from_image(image)))
@@ -312,7 +313,7 @@ def make_optimizer(model, s):
     for name, p in model.named_parameters():
         if p.requires_grad:
             groups["pretrained" if name.startswith("clip.") else "scale" if name.startswith("logit_") else "new"].append(p)
-    lr = {"pretrained": s.lr_pretrained, "new": s.lr, "scale": s.lr}
+    lr = {"pretrained": s.lr_pretrained, "new": s.lr, "scale": 10 * s.lr}      # two numbers, far to go when trained from scratch
     decay = {"pretrained": s.weight_decay, "new": s.weight_decay, "scale": 0.0}
     return torch.optim.AdamW([dict(params=groups[g], lr=lr[g], weight_decay=decay[g], name=g) for g in groups if groups[g]],
                              betas=(0.9, 0.98), eps=1e-6)
@@ -332,11 +333,19 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
+def epoch_items(videos, s, epoch):
+    """Every caption once, in an order of this epoch's own -> [(index of a video, [indices of up to k of its captions])]."""
+    rng, items = np.random.default_rng([s.seed, epoch]), []
+    for v, (_, captions) in enumerate(videos):
+        order = rng.permutation(len(captions)).tolist()
+        items += [(v, order[i:i + s.captions_per_video]) for i in range(0, len(order), s.captions_per_video)]
+    return [items[i] for i in rng.permutation(len(items))]
+
+
 def train(model, videos, s, device, log):
-    pairs = [(v, [c]) for v, (_, captions) in enumerate(videos) for c in range(len(captions))]
-    per_epoch = len(pairs) // s.batch_size
+    per_epoch = len(epoch_items(videos, s, 0)) // s.batch_size
     if per_epoch == 0:
-        raise ValueError(f"--batch-size {s.batch_size} is more than the {len(pairs)} pairs to train on")
+        raise ValueError(f"--batch-size {s.batch_size} is more than the {len(epoch_items(videos, s, 0))} examples to train on")
     steps = s.epochs * per_epoch
     optimizer = make_optimizer(model, s)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, steps, s.warmup))
@@ -346,8 +355,7 @@ def train(model, videos, s, device, log):
         for step in range(steps):
             epoch, i = divmod(step, per_epoch)
             if i == 0:
-                order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(s.seed + 1_000_003 * epoch)).tolist()
-                batches = iter(DataLoader(Clips(videos, [pairs[i] for i in order], s, model.image_size), s.batch_size, drop_last=True,
+                batches = iter(DataLoader(Clips(videos, epoch_items(videos, s, epoch), s, model.image_size), s.batch_size, drop_last=True,
                                           collate_fn=collate, num_workers=s.workers if cuda else 0, pin_memory=cuda))
             captions, positives, frames, lost = next(batches)
             for line in lost:

@@ -126,7 +126,9 @@ TINY = dict(embed_dim=64,                                                   # fo
 def load_backbone(name, pretrained):
     """open_clip model by name -> (model, mean (3,), std (3,)). No weights, unknown names and tags raise ValueError."""
     if name == "tiny":
-        return open_clip.CustomTextCLIP(**TINY), open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+        clip = open_clip.CustomTextCLIP(**TINY)
+        clip.visual.positional_embedding.data *= 4                          # else the patches drown them, from scratch
+        return clip, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
     if name not in open_clip.list_models():
         near = difflib.get_close_matches(name, ["tiny", *open_clip.list_models()], n=5, cutoff=0.4)
         raise ValueError(f"unknown backbone {name!r}; near names: {', '.join(near)}")
@@ -172,6 +174,8 @@ class VideoColBERT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        if config.loss not in ("sigmoid", "infonce") or config.loss_form not in ("dual", "combined"):
+            raise ValueError(f"loss must be sigmoid or infonce, loss_form dual or combined, not {config.loss} and {config.loss_form}")
         self.clip, mean, std = load_backbone(config.backbone, config.pretrained)
         self.clip.logit_scale = self.clip.logit_bias = None                 # ours are below
         text, self.image_size = self.clip.text, self.clip.visual.image_size[0]
@@ -192,7 +196,8 @@ class VideoColBERT(nn.Module):
         # the weights; CLIP4Clip, X-CLIP and DRL do so). A stack deeper than the text encoder starts over.
         blocks = text.transformer.resblocks
         self.temporal = nn.ModuleList(copy.deepcopy(blocks[i % len(blocks)]) for i in range(config.temporal_layers))
-        self.frame_positions = nn.Parameter(0.3 * torch.randn(config.num_frames, d))    # smaller ones drown in the features
+        size = 0.9 if config.backbone == "tiny" else 0.3                    # about the features' own, smaller ones drown in them
+        self.frame_positions = nn.Parameter(size * torch.randn(config.num_frames, d))
         self.visual_expansion = nn.Parameter(0.02 * torch.randn(config.visual_expansion, d))
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale), requires_grad=config.learn_scale)
         self.logit_bias = nn.Parameter(torch.tensor(config.logit_bias), requires_grad=config.learn_scale)
