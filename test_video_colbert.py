@@ -822,7 +822,7 @@ def test_a_few_videos_are_learned_by_heart(tmp_path, shapes):
     """The whole road, from H.264 to R@1: among 24 videos it trained on, nearly every query finds its own."""
     train_split, _ = train.load_msrvtt(shapes)
     videos = [(path, [captions[i % 2]]) for i, (path, captions) in enumerate(train_split[:24])]
-    s = train.parse_settings(["--num-frames", "4", "--num-tokens", "12", "--epochs", "80", "--batch-size", "24", "--cache", str(tmp_path)])
+    s = train.parse_settings(["--num-frames", "4", "--num-tokens", "12", "--epochs", "250", "--batch-size", "24", "--cache", str(tmp_path)])
     torch.manual_seed(0)
     model = VideoColBERT(Config(**{f.name: getattr(s, f.name) for f in train.dataclasses.fields(Config)}))
     losses = []

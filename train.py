@@ -228,7 +228,7 @@ def cached_frames(path, num_frames, size, cache):
         stat = os.stat(path)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
-    name = hashlib.sha1(f"{path} {num_frames} {size}".encode()).hexdigest()
+    name = hashlib.sha1(os.fsencode(path) + f" {num_frames} {size}".encode()).hexdigest()
     file = Path(cache) / name[:2] / f"{name[2:]}.frames"
 
     def header(pixels):
@@ -239,10 +239,13 @@ def cached_frames(path, num_frames, size, cache):
         if head == header(pixels):
             return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(num_frames, 3, size, size)
     frames = sample_frames(path, num_frames, size)
-    file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(f".{os.getpid()}.part")
-    part.write_bytes(header(frames.numpy()) + b"\n" + frames.numpy().tobytes())
-    os.replace(part, file)                                                  # whole or not at all
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(header(frames.numpy()) + b"\n" + frames.numpy().tobytes())
+        os.replace(part, file)                                              # whole or not at all
+    except OSError as error:
+        raise ValueError(f"--cache {cache}: {error.strerror}") from None
     return frames
 
 

@@ -420,8 +420,8 @@ def draw_interactions(rows, side=96):
         for k, frame in enumerate(frames):
             picture = Image.fromarray(frame.permute(1, 2, 0).cpu().numpy()).resize((side - 4, side - 4))
             image.paste(picture, (left + k * side + 2, top + 2))
-        for name, color, column, at, step in (("before", "#0a7d28", columns[0], top - line, -line),
-                                              ("after", "#c4161c", columns[1], top + side + 2, line)):
+        for name, color, column, at, step in (("before, F", "#0a7d28", columns[0], top - line, -line),
+                                              ("after, V", "#c4161c", columns[1], top + side + 2, line)):
             draw.text((8, at), name, color, font)
             for k, words in enumerate(column):
                 for j, word in enumerate(words if step > 0 else words[::-1]):
