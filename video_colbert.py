@@ -65,7 +65,7 @@ def mean_max_sim(Q, V, mask=None):
     def block(q, v, w):                                                     # (a, M, d), (b, N, d), (a, M)
         best = q @ v[:, 0].T                                                # (a, M, b)
         for n in range(1, v.shape[1]):
-            best = torch.maximum(best, q @ v[:, n].T)                       # max over n
+            best.clamp_(min=q @ v[:, n].T)                                  # max over n
         return (w[:, None] @ best).squeeze(1)                               # (a, b), mean over m
 
     with torch.autocast(Q.device.type, enabled=False):                      # bf16 would round x before t = 118 scales it
