@@ -463,7 +463,7 @@ def train(model, videos, s, device, log):
             sizes = [sum(len(chosen) for _, chosen in share(batches[i], rank)) for rank in range(WORLD)]
             ids, mask = model.tokenize(captions)                            # (A / WORLD, M)
             batch = [(x.pin_memory() if cuda else x).to(device, non_blocking=True) for x in (ids, mask, frames, positives)]
-            numbers = training_step(model, optimizer, s, *batch, sizes).to("cpu", non_blocking=True)
+            numbers = training_step(model, optimizer, s, *batch, sizes).to("cpu", non_blocking=cuda)
             pending.append((step, {g["name"]: g["lr"] for g in optimizer.param_groups}, numbers,
                             torch.cuda.current_stream().record_event() if cuda else None))
             scheduler.step()
