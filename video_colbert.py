@@ -15,7 +15,7 @@ import copy
 import difflib
 import json
 import os
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -43,6 +43,7 @@ class Config:
     query_augmentation: bool = True         # pad tokens take part in MeanMaxSim (section 4.2, Table 5)
     temporal_layers: int = 4                # depth of the temporal transformer (section 5.2, Table 8)
     visual_expansion: int = 2               # E, learned tokens beside the frames (sections 4.2, 5.2)
+    interaction: str = "mms"                # mms, MeanMaxSim, or mp, one mean-pooled vector each side (equation 1, Table 3)
     loss: str = "sigmoid"                   # sigmoid or infonce (section 4.3, Table 4)
     loss_form: str = "dual"                 # dual (equation 7) or combined, one loss on the sum (section 6, Table 4)
     lambda_frame: float = 1.0               # weight of the loss on MMS_F (equation 7, section 5.2)
@@ -174,8 +175,9 @@ class VideoColBERT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        if config.loss not in ("sigmoid", "infonce") or config.loss_form not in ("dual", "combined"):
-            raise ValueError(f"loss must be sigmoid or infonce, loss_form dual or combined, not {config.loss} and {config.loss_form}")
+        for name, choice in dict(interaction=("mms", "mp"), loss=("sigmoid", "infonce"), loss_form=("dual", "combined")).items():
+            if getattr(config, name) not in choice:
+                raise ValueError(f"{name} must be {' or '.join(choice)}, not {getattr(config, name)}")
         self.clip, mean, std = load_backbone(config.backbone, config.pretrained)
         self.clip.logit_scale = self.clip.logit_bias = None                 # ours are below
         text, self.image_size = self.clip.text, self.clip.visual.image_size[0]
@@ -224,12 +226,16 @@ class VideoColBERT(nn.Module):
     def tokenize(self, texts):
         """list of A str -> ids int64 (A, M), mask bool (A, M) of the tokens that MeanMaxSim averages over.
 
-        With query augmentation these are all M. A caption that is too long is cut and keeps its end token.
+        With query augmentation these are all M, with mean pooling the one whose output CLIP or SigLIP pools. A caption
+        that is too long is cut and keeps its end token.
         """
         ids = self.tokenizer(texts, context_length=self.num_tokens)         # (A, M)
         real = self.real_tokens(ids)
         if not self.is_siglip:
             ids = ids.where(real, self.config.pad_token)
+        if self.config.interaction == "mp":
+            last = torch.full_like(ids[:, 0], self.num_tokens - 1) if self.is_siglip else real.sum(1) - 1
+            return ids, torch.arange(ids.shape[1]) == last[:, None]
         return ids, real | self.config.query_augmentation
 
     def encode_query(self, ids, mask):
@@ -256,7 +262,7 @@ class VideoColBERT(nn.Module):
         if frames.dtype != torch.uint8 or frames.ndim != 5 or frames.shape[2:] != (3, size, size) or not 1 <= frames.shape[1] <= N:
             raise ValueError(f"frames must be uint8 (B, 1 to {N}, 3, {size}, {size}), not "
                              f"{str(frames.dtype).removeprefix('torch.')} {tuple(frames.shape)}")
-        x = (frames.flatten(0, 1) - self.mean) / self.std                   # (B N, 3, H, W), the paper's resize is done before
+        x = frames.flatten(0, 1).float().sub_(self.mean).div_(self.std)     # (B N, 3, H, W), the paper's resize is done before
         f = self.clip.visual(x).unflatten(0, frames.shape[:2])              # (B, N, d), [CLS] or SigLIP's attention pool
         e = self.visual_expansion.expand(len(f), -1, -1)                    # (B, E, d)
         x = torch.cat([f + self.frame_positions[:f.shape[1]], e], dim=1)    # (B, N + E, d)
@@ -267,10 +273,16 @@ class VideoColBERT(nn.Module):
 
     # -- training
 
+    def similarities(self, Q, mask, F, V):
+        """Q (A, M, d), mask (A, M), F (B, N, d), V (B, N + E, d) -> MMS_F, MMS_V (A, B), or MP on either (equation 1)."""
+        if self.config.interaction == "mp":                                 # the one token of the mask, the mean of the frames
+            F, V = (normalize(x[:, :F.shape[1]].mean(1, keepdim=True), dim=-1) for x in (F, V))
+        return mean_max_sim(Q, F, mask), mean_max_sim(Q, V, mask)
+
     def loss(self, Q, mask, F, V, positives=None):
-        """Q (A, M, d), mask (A, M), F (B, N, d), V (B, N + E, d), positives bool (A, B) -> loss, MMS_F, MMS_V (A, B)."""
+        """The same and bool positives (A, B) -> loss, and the similarities on F and V (A, B)."""
         c = self.config
-        sim_F, sim_V = mean_max_sim(Q, F, mask), mean_max_sim(Q, V, mask)
+        sim_F, sim_V = self.similarities(Q, mask, F, V)
         loss, scale = info_nce_loss, dict(logit_scale=self.logit_scale)
         if c.loss == "sigmoid":
             loss, scale = sigmoid_loss, dict(scale, logit_bias=self.logit_bias)
@@ -312,39 +324,52 @@ class VideoColBERT(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # Frames of a file (section 5.2)
 
-def sample_frames(path, num_frames, size):
+def frame_times(path):
+    """When a video shows its frames: times in ticks, sorted, the end of the last, seconds a tick, and whether ticks are pts.
+
+    From the packets, for headers lie. Raises ValueError where there is no frame, OSError where there is no video.
+    """
+    with av.open(str(path)) as container:
+        stream = container.streams.best("video")
+        if stream is None:
+            raise ValueError("no video stream")
+        if stream.codec_context.width * stream.codec_context.height > 2 ** 27:          # beyond 16K; some codecs would allocate it
+            raise ValueError(f"a claimed size of {stream.codec_context.width} x {stream.codec_context.height} pixels")
+        packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
+        times, rate = sorted(p.pts for p in packets if p.pts is not None), stream.average_rate or 25
+        if 0 < len(times) == len(packets):
+            length = max(packets, key=lambda p: p.pts).duration or (times[-1] - times[0]) // len(times) or 1
+            return times, times[-1] + length, float(stream.time_base), True
+    with av.open(str(path)) as container:                                   # a raw stream has no clock: frames are its ticks
+        count = sum(1 for _ in container.decode(container.streams.best("video")))
+    if count == 0:
+        raise ValueError("no frames")
+    return list(range(count)), count, float(1 / rate), False
+
+
+def sample_frames(path, num_frames, size, seconds=0.0):
     """TSN-style sampling: the frame on screen at the middle of each of `num_frames` equal segments of the clip.
 
     -> uint8 (num_frames, 3, size, size), RGB, resized without keeping the aspect ratio, turned as the file says. A clip
-    with fewer frames repeats them. Segments are equal in time, so that a variable frame rate is sampled as it is seen;
-    times come from the packets, for headers lie. Raises ValueError, which names the file, where no frame can be had.
+    with fewer frames repeats them. Segments are equal in time, so that a variable frame rate is sampled as it is seen.
+    `seconds` takes the clip's beginning alone. Raises ValueError, which names the file, where no frame can be had.
     """
     def rgb(frame):                                                         # square, so turning comes to the same after it
         pixels = frame.to_ndarray(width=size, height=size, format="rgb24", interpolation="BICUBIC")
         return np.rot90(pixels, round(frame.rotation / 90))                 # (size, size, 3)
 
     try:
-        with av.open(str(path)) as container:                               # when each frame is shown
-            stream = container.streams.best("video")
-            if stream is None:
-                raise ValueError("no video stream")
-            packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
-            times, length = sorted(p.pts for p in packets if p.pts is not None), 0
-            clocked = 0 < len(times) == len(packets)
-            if clocked:
-                length = max(packets, key=lambda p: p.pts).duration or (times[-1] - times[0]) // len(times) or 1
-        if not clocked:                                                     # a raw stream has no clock: frames are its ticks
-            with av.open(str(path)) as container:
-                times, length = list(range(sum(1 for _ in container.decode(container.streams.best("video"))))), 1
-        if not times:
-            raise ValueError("no frames")
-        middles = times[0] + (np.arange(num_frames) + 0.5) / num_frames * (times[-1] + length - times[0])
+        times, end, tick, clocked = frame_times(path)
+        end = min(end, times[0] + seconds / tick) if seconds else end
+        middles = times[0] + (np.arange(num_frames) + 0.5) / num_frames * (end - times[0])
         wanted = np.array(times)[np.searchsorted(times, middles, side="right") - 1]     # (num_frames,), in order
 
         frames, shown = [], None
         with av.open(str(path)) as container:
             for i, frame in enumerate(container.decode(container.streams.best("video"))):
                 now = frame.pts if clocked else i
+                if now is None:                                             # a damaged one
+                    continue
                 while shown and len(frames) < num_frames and wanted[len(frames)] < now:
                     frames.append(rgb(shown))
                 if len(frames) == num_frames:
@@ -353,7 +378,7 @@ def sample_frames(path, num_frames, size):
         if shown is None:
             raise ValueError("no frame can be decoded")
         frames += [rgb(shown)] * (num_frames - len(frames))
-    except (OSError, ValueError) as error:                                  # all of PyAV's errors are one or the other
+    except (OSError, ValueError, MemoryError) as error:                     # PyAV's errors are OSError or ValueError
         raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()          # (N, 3, size, size)
 
@@ -378,6 +403,24 @@ def retrieval_metrics(sim, target):
             "MdR": rank.quantile(0.5).item(), "MnR": rank.mean().item()}
 
 
+def video_to_text(sim, target):
+    """sim (A, B) and the video of each query (A,) -> similarities and targets the other way, for retrieval_metrics.
+
+    As the field has it since CLIP4Clip: a video's captions stand together, and the group scores as its best one.
+    """
+    videos, group = torch.as_tensor(target).unique(return_inverse=True)     # (G,), (A,)
+    best = sim.new_full((len(videos), sim.shape[1]), -torch.inf).scatter_reduce(
+        0, group[:, None].expand_as(sim), sim, "amax")                      # (G, B)
+    return best.T[videos], torch.arange(len(videos))                        # (G, G)
+
+
+def reciprocal_rank_fusion(sim_F, sim_V, k=60):
+    """The two rankings (A, B) fused by 1 / (k + rank) instead of the sum of scores (section 6, Table 3) -> (A, B)."""
+    def rank(sim):                                                          # 1 is best; a tie has its worst rank
+        return sim.shape[1] - torch.searchsorted(sim.sort(1).values, sim.contiguous())
+    return 1 / (k + rank(sim_F).double()) + 1 / (k + rank(sim_V).double())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Figure 4: which frame does each word pick, before and after the temporal transformer?
 
@@ -396,7 +439,7 @@ def interactions(model, query, frames):
     lengths = model.real_tokens(model.tokenize(words)[0]).sum(1) - special  # (W,), tokens a word
     spans = [Q[end - n:end] for n, end in zip(lengths.tolist(), lengths.cumsum(0).tolist())]
     kept = [(word, q.mean(0)) for word, q in zip(words, spans) if len(q)]   # a caption may be cut
-    W = torch.stack([q for _, q in kept])                                   # (W, d)
+    W = torch.stack([q for _, q in kept]) if kept else Q[:0]                # (W, d)
     return [word for word, _ in kept], W @ F[0].T, W @ V[0, :len(frames)].T
 
 
