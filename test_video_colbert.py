@@ -1,13 +1,22 @@
 """Each test states the claim it checks. `pytest` needs no GPU, no network, no weights and no dataset."""
-import csv
+import dataclasses
+import faulthandler
+import functools
+import http.server
+import io
 import itertools
 import json
 import math
 import os
+import pickle
+import re
+import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
+import zipfile
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,13 +27,14 @@ import pytest
 import safetensors.torch
 import torch
 from open_clip.loss import ClipLoss, SigLipLoss
-from torch.nn.functional import cross_entropy, logsigmoid, normalize
+from PIL import Image
+from torch.nn.functional import logsigmoid, normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 import video_colbert
-from video_colbert import (Config, VideoColBERT, combined_loss, draw_interactions, dual_loss, info_nce_loss, interactions,
-                           mean_max_sim, retrieval_metrics, sample_frames, sigmoid_loss)
+from video_colbert import (Config, VideoColBERT, VideoIndex, as_multivector, draw_interactions, info_nce_loss, interactions,
+                           mean_max_sim, reciprocal_rank_fusion, retrieval_metrics, sample_frames, sigmoid_loss, video_to_text)
 
 
 def unit(*shape, dtype=torch.float32):
@@ -316,6 +326,26 @@ def test_a_setting_that_cannot_be_is_named_in_one_line(config, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("backbone", ["tiny", "ViT-B-16-SigLIP"])
+def test_mean_pooling_is_equation_1(backbone):
+    """cos(q, mean_n f_n) with open_clip's own pooled query, on frames and on the temporal transformer's output for them."""
+    torch.manual_seed(0)
+    model = VideoColBERT(Config(backbone=backbone, pretrained=None, num_frames=3, interaction="mp")).eval()
+    ids, mask = (torch.randint(2, 32000, (2, 64)), torch.arange(64)[None].expand(2, -1) == 63)
+    if backbone == "tiny":
+        ids, mask = model.tokenize(["a dog", "a small dog runs"])
+        assert mask.int().argmax(1).tolist() == [3, 5] and mask.sum() == 2
+    frames = torch.randint(0, 256, (3, 3, 3, model.image_size, model.image_size), dtype=torch.uint8)
+    with torch.no_grad():
+        F, V = model.encode_video(frames)
+        got = model.similarities(model.encode_query(ids, mask), mask, F, V)
+        if backbone == "tiny":                                              # open_clip wants its own length
+            ids = open_clip.get_tokenizer("ViT-B-32")(["a dog", "a small dog runs"])
+        q = model.clip.encode_text(ids, normalize=True)
+    for sim, x in zip(got, (F, V[:, :3])):
+        assert (sim - q @ normalize(x.mean(1), dim=-1).T).abs().max() < 1e-5
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Query side
 
@@ -527,6 +557,54 @@ def write_sound(path):
         container.mux(stream.encode(None))
 
 
+def mutate(data, rng):
+    """One to three faults: a bit, a run of bytes, a gap, a repetition, the largest number, the end missing."""
+    data = bytearray(data)
+    for _ in range(rng.integers(1, 4)):
+        at, n = int(rng.integers(len(data) or 1)), int(rng.integers(1, 64))
+        fault = rng.integers(6)
+        if fault == 0 and data:
+            data[at] ^= 1 << int(rng.integers(8))
+        elif fault == 5:
+            del data[max(1, at):]
+        else:
+            data[at:at + n] = [b"", rng.bytes(n), b"", bytes(data[at:at + n]) * 2, b"\xff" * min(n, 8)][fault]
+    return bytes(data)
+
+
+def test_300_mutated_videos_give_frames_or_one_clear_error(tmp_path):
+    """Never a hang, a crash, another exception or a wrong shape; both happen, so the faults are neither harmless nor fatal."""
+    kinds = [("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.avi", "mpeg4"), ("a.webm", "libvpx-vp9"), ("a.ts", "libx264"), ("a.mpg", "mpeg1video")]
+    clips = [write_clip(tmp_path / name, 12, codec=codec, rate=25).read_bytes() for name, codec in kinds]
+    outcomes = []
+    faulthandler.dump_traceback_later(120, exit=True)
+    for i in range(300):
+        path = tmp_path / f"m{kinds[i % 6][0]}"
+        path.write_bytes(mutate(clips[i % 6], np.random.default_rng(i)))
+        try:
+            frames = sample_frames(path, 4, 16)
+            assert frames.shape == (4, 3, 16, 16) and frames.dtype == torch.uint8
+            outcomes.append("frames")
+        except ValueError as error:
+            assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+            outcomes.append("error")
+    faulthandler.cancel_dump_traceback_later()
+    assert min(outcomes.count("frames"), outcomes.count("error")) > 50
+
+
+def test_a_claimed_size_of_100000_pixels_allocates_nothing(tmp_path):
+    path = tmp_path / "a.mkv"
+    data = write_clip(path, 3, codec="rawvideo").read_bytes()
+    for w, h in ((100_000, 100_000), (20_000, 20_000)):
+        claim = data.replace(b"\xb0\x81\x30\xba\x81\x20", b"\xb0\x83" + w.to_bytes(3, "big") + b"\xba\x83" + h.to_bytes(3, "big"))
+        assert claim != data
+        path.write_bytes(claim)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with pytest.raises(ValueError, match="a.mkv: "):
+            sample_frames(path, 4, 16)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000           # kB
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics
 
@@ -546,6 +624,31 @@ def test_a_tie_counts_against_the_model():
     assert constant == {"R@1": 0, "R@5": 0, "R@10": 100, "nDCG@10": pytest.approx(1 / math.log2(9)), "MdR": 8, "MnR": 8}
     assert retrieval_metrics([[0.5, 0.5, 0.1]], [0])["MnR"] == 2
     assert retrieval_metrics([[0.5, 0.4, 0.1]], [0])["R@1"] == 100
+
+
+@pytest.mark.parametrize("levels", [0, 4])
+def test_video_to_text_ranks_each_videos_best_caption_among_the_other_videos_best(levels):
+    """Several captions a video, some videos with none, ties included: written out as a loop."""
+    sim, target = torch.randn(60, 15), torch.randint(0, 13, (60,))
+    if levels:
+        sim = (sim * 2).round() / levels                                    # many ties
+    videos = sorted(set(target.tolist()))
+    ranks = []
+    for v in videos:
+        best = {w: max(sim[a, v].item() for a in range(60) if target[a] == w) for w in videos}
+        ranks.append(sum(x >= best[v] for x in best.values()))
+    got = retrieval_metrics(*video_to_text(sim, target))
+    assert got["MnR"] == pytest.approx(np.mean(ranks)) and got["R@1"] == pytest.approx(100 * np.mean([r == 1 for r in ranks]))
+    assert len(set(ranks)) > 3
+
+
+@pytest.mark.parametrize("levels", [0, 4])
+def test_reciprocal_rank_fusion_is_its_formula(levels):
+    F, V = torch.randn(9, 12), torch.randn(9, 12)
+    if levels:
+        F, V = ((x * 2).round() / levels for x in (F, V))
+    want = [[sum(1 / (60 + sum(y >= row[b] for y in row)) for row in (F[a].tolist(), V[a].tolist())) for b in range(12)] for a in range(9)]
+    assert (reciprocal_rank_fusion(F, V) - torch.tensor(want, dtype=torch.float64)).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("sim, target, message", [([[1.0, float("nan")]], [0], "NaN"), (torch.zeros(0, 3), [], "no queries")])
@@ -581,6 +684,186 @@ def test_the_figure_puts_each_word_over_and_under_the_frame_it_picks():
     green = np.argwhere((strip[..., 1] > strip[..., 0] + 60) & (strip[..., 1] > strip[..., 2] + 60))
     red = np.argwhere((strip[..., 0] > strip[..., 1] + 100) & (strip[..., 0] > strip[..., 2] + 100))
     assert set(green[:, 1] // 96) == {1} and set(red[:, 1] // 96) == {3} and green[:, 0].max() < red[:, 0].min()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Search
+
+@pytest.fixture
+def clips(tmp_path):
+    """A folder with 12 clips of one colour each, in two folders, and what is no clip."""
+    root = tmp_path / "clips"
+    (root / "below").mkdir(parents=True)
+    for i in range(12):
+        picture = np.full((32, 48, 3), np.random.default_rng(i).integers(0, 256, 3), np.uint8)
+        write_clip(root / (f"below/{i}.mkv" if i % 3 else f"{i}.mp4"), 20, picture=picture)
+    (root / "broken.mp4").write_bytes(b"x")
+    (root / "notes.txt").write_text("x")
+    return root
+
+
+def encoded(monkeypatch, model):
+    """A list that gets the number of videos of each call of encode_video."""
+    counts, encode = [], model.encode_video
+    monkeypatch.setattr(model, "encode_video", lambda frames: counts.append(len(frames)) or encode(frames))
+    return counts
+
+
+QUERIES = ["a dog", "a red square moves left", "something"]
+
+
+def test_search_is_the_brute_force_ranking(tmp_path, clips, tiny):
+    """Scores of float32 vectors but for fp16's rounding, and of the stored ones exactly; F + V = score; the best frame and its time."""
+    index, broken = VideoIndex.build(clips, tiny, tmp_path / "index", batch_size=5)
+    assert len(broken) == 1 and "broken.mp4: " in broken[0]
+    paths = [str(clips / path) for path, *_ in index.videos]
+    assert sorted(os.path.basename(p) for p in paths) == sorted(f"{i}.{'mkv' if i % 3 else 'mp4'}" for i in range(12))
+    with torch.no_grad():
+        F, V = tiny.encode_video(torch.stack([sample_frames(p, 6, 64) for p in paths]))
+        ids, mask = tiny.tokenize(QUERIES)
+        Q = tiny.encode_query(ids, mask)
+    want = naive(Q, F, mask) + naive(Q, V, mask)
+    stored = torch.from_numpy(np.fromfile(tmp_path / "index/vectors-0.f16", np.float16).reshape(12, 14, 64)).double()
+    exact = naive(Q.double(), stored[:, :6], mask) + naive(Q.double(), stored[:, 6:], mask)
+    hits = VideoIndex.load(tmp_path / "index").search(tiny, QUERIES, 12)
+    for q, row in enumerate(hits):
+        scores = torch.tensor([hit["score"] for hit in row])
+        columns = [paths.index(hit["path"]) for hit in row]
+        assert sorted(columns) == list(range(12)) and (scores[:-1] >= scores[1:]).all()
+        assert (scores - want[q, columns]).abs().max() < 2e-3 and (scores - exact[q, columns]).abs().max() < 1e-5
+        for hit, b in zip(row, columns):
+            assert hit["F"] + hit["V"] == pytest.approx(hit["score"], abs=1e-6)
+            n = ((Q[q] @ F[b].T).sum(0) + (Q[q] @ V[b, :6].T).sum(0)).argmax().item()
+            assert (hit["frame"], hit["start"], hit["end"]) == (n, round(n / 3, 2), round((n + 1) / 3, 2))      # 2 seconds in 6 parts
+
+
+def test_an_index_is_brought_up_to_date_by_what_changed_alone(tmp_path, monkeypatch, clips, tiny):
+    counts = encoded(monkeypatch, tiny)
+    VideoIndex.build(clips, tiny, tmp_path / "index")
+    assert sum(counts) == 12
+    VideoIndex.build(clips, tiny, tmp_path / "index")
+    assert sum(counts) == 12
+    write_clip(clips / "new.mp4", 5)
+    index, _ = VideoIndex.build(clips, tiny, tmp_path / "index")
+    assert sum(counts) == 13 and len(index.videos) == 13
+    (clips / "0.mp4").unlink()
+    write_clip(clips / "3.mp4", 7)
+    index, _ = VideoIndex.build(clips, tiny, tmp_path / "index")
+    assert sum(counts) == 14 and "0.mp4" not in [path for path, *_ in index.videos] and len(index.videos) == 12
+    fresh, _ = VideoIndex.build(clips, tiny, tmp_path / "fresh")
+    order = [[path for path, *_ in fresh.videos].index(path) for path, *_ in index.videos]
+    assert torch.equal(index.vectors, fresh.vectors[order]) and sorted(p.name for p in (tmp_path / "index").iterdir()) == ["index.json", "vectors-1.f16"]
+
+
+def test_a_killed_build_of_an_index_goes_on(tmp_path, monkeypatch, clips, tiny):
+    """What was saved is not encoded again, and the end is that of an undisturbed build."""
+    whole, _ = VideoIndex.build(clips, tiny, tmp_path / "whole")
+    clock, encode, calls = itertools.count(0, 100), tiny.encode_video, itertools.count()
+    with monkeypatch.context() as patch:
+        patch.setattr(video_colbert.time, "monotonic", lambda: next(clock))             # it is always time to save
+        patch.setattr(tiny, "encode_video", lambda frames: encode(frames) if next(calls) < 3 else (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            VideoIndex.build(clips, tiny, tmp_path / "index", batch_size=2)
+    saved = len(VideoIndex.load(tmp_path / "index").videos)
+    with open(tmp_path / "index/vectors-0.f16", "ab") as file:
+        file.write(b"what came after the last save")
+    counts = encoded(monkeypatch, tiny)
+    index, _ = VideoIndex.build(clips, tiny, tmp_path / "index")
+    assert saved > 0 and sum(counts) == 12 - saved and torch.equal(index.vectors, whole.vectors) and index.videos == whole.videos
+
+
+@pytest.mark.parametrize("spoil", [lambda f: os.truncate(f / "vectors-0.f16", 1000), lambda f: (f / "vectors-0.f16").unlink(),
+                                   lambda f: os.truncate(f / "index.json", 100), lambda f: (f / "index.json").write_text("[]"),
+                                   lambda f: (f / "index.json").unlink()])
+def test_a_damaged_index_is_refused_with_its_name(tmp_path, clips, tiny, spoil):
+    VideoIndex.build(clips, tiny, tmp_path / "index")
+    spoil(tmp_path / "index")
+    with pytest.raises(ValueError, match="index is not a whole index: ") as error:
+        VideoIndex.load(tmp_path / "index")
+    assert "\n" not in str(error.value)
+
+
+def test_an_index_answers_to_its_own_model_and_root_alone(tmp_path, clips, tiny):
+    index, _ = VideoIndex.build(clips, tiny, tmp_path / "index", name="mine")
+    other = VideoColBERT(Config(backbone="tiny", num_frames=6)).eval()
+    with pytest.raises(ValueError, match=r"index was made by another model \(mine\)"):
+        index.search(other, ["a dog"], 1)
+    with pytest.raises(ValueError, match="index is an index of .*clips by mine, not of .*clips by other: name a new folder"):
+        VideoIndex.build(clips, other, tmp_path / "index", name="other")
+    with pytest.raises(ValueError, match="not of .*below"):
+        VideoIndex.build(clips / "below", tiny, tmp_path / "index")
+    for k in (0, 13):
+        with pytest.raises(ValueError, match=f"k must be 1 to 12, the videos of .*index, not {k}"):
+            index.search(tiny, ["a dog"], k)
+    with pytest.raises(ValueError, match="no folder .*nowhere"):
+        VideoIndex.build(tmp_path / "nowhere", tiny, tmp_path / "other")
+    with pytest.raises(ValueError, match="interaction mp has none"):
+        VideoIndex.build(clips, VideoColBERT(Config(backbone="tiny", interaction="mp")), tmp_path / "other")
+
+
+def test_a_large_index_opens_without_being_read(tmp_path):
+    """8 GB on paper, a sparse file: opening it adds next to nothing to memory, and one of its rows can be read."""
+    videos = [[f"{i}.mp4", 1, 1, 1.0] for i in range(5000)]
+    meta = dict(root="/", model="", fingerprint="", num_frames=400, visual_expansion=0, width=1024, vectors="vectors-0.f16", videos=videos)
+    (tmp_path / "index.json").write_text(json.dumps(meta))
+    with open(tmp_path / "vectors-0.f16", "wb") as file:
+        file.truncate(2 * 5000 * 800 * 1024)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    index = VideoIndex.load(tmp_path)
+    assert index.vectors.shape == (5000, 800, 1024) and index.vectors[4999].float().sum() == 0
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000                # kB
+
+
+@pytest.mark.parametrize("M, N, E", [(32, 12, 2), (5, 1, 0), (1, 4, 3)])
+def test_as_multivector_makes_the_two_level_score_one_maxsim(M, N, E):
+    """3 / M MaxSim_cosine - 4 = MMS_FV, also where the levels are opposite and every match of the wrong kind is perfect."""
+    Q, F, V = unit(4, M, 16, dtype=torch.float64), unit(6, N, 16, dtype=torch.float64), unit(6, N + E, 16, dtype=torch.float64)
+    F[0], V[0] = Q[0, 0], -Q[0, 0]
+    q, v = as_multivector(Q, Q), as_multivector(F, V)
+    assert q.shape == (4, 2 * M, 18) and v.shape == (6, 2 * N + E, 18) and (q.norm(dim=-1) - 1).abs().max() < 1e-12
+    maxsim = torch.einsum("amd,bnd->abmn", q, v).amax(-1).sum(-1)
+    assert (3 / M * maxsim - 4 - mean_max_sim(Q, F) - mean_max_sim(Q, V)).abs().max() < 1e-12
+
+
+def test_lancedb_ranks_by_the_two_level_score_unchanged(tmp_path, clips, tiny):
+    """The same top 10 and the same scores; LanceDB's distance is the sum over the query's vectors of 1 - best cosine."""
+    pytest.importorskip("lancedb")
+    index, _ = VideoIndex.build(clips, tiny, tmp_path / "index")
+    table = index.to_lancedb(str(tmp_path / "lance"))
+    for query, hits in zip(QUERIES, index.search(tiny, QUERIES, 10)):
+        ids, mask = tiny.tokenize([query])
+        with torch.no_grad():
+            Q = tiny.encode_query(ids, mask)[mask]                          # (M, d)
+        found = table.search(as_multivector(Q, Q).tolist()).distance_type("cosine").limit(10).to_list()
+        assert [os.path.join(index.meta["root"], row["path"]) for row in found] == [hit["path"] for hit in hits]
+        scores = [3 / len(Q) * (2 * len(Q) - row["_distance"]) - 4 for row in found]
+        assert scores == pytest.approx([hit["score"] for hit in hits], abs=1e-4)
+
+
+def test_index_search_and_explain_from_the_command_line(tmp_path, monkeypatch, capsys, clips, tiny):
+    monkeypatch.chdir(tmp_path)
+    tiny.save("model")
+    video_colbert.main(["index", "clips", "--model", "model", "--out", "index"])
+    out = capsys.readouterr().out.splitlines()
+    assert out[-1] == "12 videos in index" and len(out) == 2 and "skipped: " in out[0] and "broken.mp4" in out[0]
+    video_colbert.main(["search", "index", "a dog", "-k", "3", "--json"])
+    hits = json.loads(capsys.readouterr().out)
+    assert hits == VideoIndex.load("index").search(tiny, ["a dog"], 3)[0]
+    video_colbert.main(["search", "index", "a dog", "-k", "3", "--sheet", "sheet.png"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and all(hit["path"] in line and f"{hit['score']:.3f}" in line for hit, line in zip(hits, lines))
+    video_colbert.main(["explain", "a small dog", hits[0]["path"], "--model", "model", "--out", "why.png"])
+    words, before, after = interactions(tiny, "a small dog", sample_frames(hits[0]["path"], 6, 64))
+    lines = capsys.readouterr().out.splitlines()
+    for word, b, v, line in zip(words, before, after, lines):
+        assert line.split()[0] == word and f"frame {b.argmax() + 1}, {b.max():.3f}" in line and line.endswith(f"frame {v.argmax() + 1}, {v.max():.3f}")
+    assert Image.open("why.png").size[0] > 500 and Image.open("sheet.png").size[1] > 300
+    for argv, message in ((["search", "nowhere", "x"], "nowhere is not a whole index"), (["search", "index", "x", "-k", "99"], "k must be 1 to 12"),
+                          (["explain", "x", "nothing.mp4", "--model", "model"], "nothing.mp4: No such file"),
+                          (["index", "clips", "--model", "ViT-B-23", "--out", "i"], "unknown backbone 'ViT-B-23'; near names"),
+                          (["explain", " ", hits[0]["path"], "--model", "model"], "no words in ' '")):
+        with pytest.raises(ValueError, match=message):
+            video_colbert.main(argv)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -669,25 +952,323 @@ def test_without_the_9k_list_all_that_is_not_tested_is_trained_on(tmp_path):
 
 
 @pytest.mark.parametrize("spoil, message", [
-    (lambda r: (r / "MSRVTT_data.json").unlink(), "no MSRVTT_data.json, .*: unpack https://.*msrvtt_data.zip"),
+    (lambda r: (r / "MSRVTT_data.json").unlink(), "no MSRVTT_data.json or .*: unpack https://.*msrvtt_data.zip"),
     (lambda r: (r / "MSRVTT_JSFUSION_test.csv").unlink(), "no MSRVTT_JSFUSION_test.csv .*: unpack https://.*msrvtt_data.zip"),
-    (lambda r: [f.unlink() for f in (r / "videos").iterdir()], "no videos in .*: unpack https://.*MSRVTT.zip"),
+    (lambda r: [f.unlink() for f in (r / "videos").iterdir()], "no videos in .*: unpack https://.*MSRVTT.zip .*--download"),
     (lambda r: (r / "MSRVTT_data.json").write_text('{"sentences": ['), "MSRVTT_data.json: .*line 1"),
     (lambda r: (r / "MSRVTT_data.json").write_text('{}'), "MSRVTT_data.json: no 'annotations'"),
+    (lambda r: (r / "MSRVTT_data.json").write_text('{"sentences": [{"video_id": {}, "caption": "a"}]}'), "MSRVTT_data.json: '{}' where a text"),
+    (lambda r: (r / "MSRVTT_data.json").write_text('{"sentences": 5}'), "MSRVTT_data.json: 'int' object"),
+    (lambda r: (r / "MSRVTT_data.json").write_text("[" * 100_000), "MSRVTT_data.json: "),
+    (lambda r: (r / "MSRVTT_data.json").write_bytes(b"\xff\xfe{"), "MSRVTT_data.json: .*utf-8"),
+    (lambda r: (r / "MSRVTT_data.json").write_text((r / "MSRVTT_data.json").read_text().replace("caption 1 of 2", " ")), "video2.mp4 has no captions, or"),
+    (lambda r: (r / "MSRVTT_data.json").write_text((r / "MSRVTT_data.json").read_text().replace("caption 1 of 2", "\\ud800")), "video2.mp4.* is not valid"),
     (lambda r: (r / "MSRVTT_train.9k.csv").write_text("id\nvideo0\n"), "MSRVTT_train.9k.csv: no 'video_id'"),
+    (lambda r: (r / "MSRVTT_train.9k.csv").write_text(""), "MSRVTT_train.9k.csv: no videos in it"),
+    (lambda r: (r / "MSRVTT_train.9k.csv").write_text("video_id\nvideo0\nvideo0\n"), "MSRVTT_train.9k.csv: video0.mp4 is there twice"),
     (lambda r: (r / "MSRVTT_train.9k.csv").write_text("video_id\nvideo77\n"), "no captions for 1 videos of .*, video77 first"),
+    (lambda r: (r / "MSRVTT_JSFUSION_test.csv").write_text("video_id,sentence\nvideo1\n"), "MSRVTT_JSFUSION_test.csv: line 2 is too short"),
+    (lambda r: (r / "MSRVTT_JSFUSION_test.csv").write_text("video_id,sentence\nvideo1,a\nvideo1,b\n"), "video1.mp4 is there twice"),
 ])
 def test_what_is_missing_from_msrvtt_is_named_in_one_line(tmp_path, spoil, message):
     root = write_msrvtt(tmp_path, "clip4clip", "videos")
     spoil(root)
     with pytest.raises(ValueError, match=message) as error:
-        train.load_msrvtt(root)
+        train.load_dataset(train.Settings(data="msrvtt", root=str(root)))
     assert "\n" not in str(error.value)
 
 
 def test_no_folder_at_all_says_where_to_get_one(tmp_path):
-    with pytest.raises(ValueError, match=r"no folder .*nowhere: unpack https://.*MSRVTT.zip and https://.* into it, or give --root"):
-        train.load_msrvtt(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"no folder .*nowhere.*: unpack https://.*MSRVTT.zip and https://.* into it, or let --download"):
+        train.load_dataset(train.Settings(data="msrvtt", root=str(tmp_path / "nowhere")))
+
+
+def touch(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+
+def write(root, **files):
+    root.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        name = name.replace("__", ".")
+        (root / name).write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+def by_hand(root, split):
+    return [(str(path.relative_to(root)), captions) for path, captions in split]
+
+
+def test_msvd_is_read_as_it_lies(tmp_path):
+    """Word lists become captions, every caption is kept, validation videos are left out, a leading dash is no option."""
+    captions = {"-4wsuPCjDBc_5_15": [["a", "man"], ["a", "dog", "runs"]], "b_1_2": [["b"]], "v_3_4": [["val"]], "t_5_6": [["t", "one"], ["t", "two"]]}
+    write(tmp_path, train_list__txt="-4wsuPCjDBc_5_15\r\nb_1_2\r\n", val_list__txt="v_3_4\n", test_list__txt="t_5_6\n\n")
+    (tmp_path / "raw-captions.pkl").write_bytes(pickle.dumps(captions, protocol=2))
+    touch(tmp_path, "YouTubeClips/-4wsuPCjDBc_5_15.avi", "YouTubeClips/b_1_2.avi", "YouTubeClips/t_5_6.AVI")
+    train_split, test_split = train.load_msvd(tmp_path)
+    assert by_hand(tmp_path, train_split) == [("YouTubeClips/-4wsuPCjDBc_5_15.avi", ["a man", "a dog runs"]), ("YouTubeClips/b_1_2.avi", ["b"])]
+    assert by_hand(tmp_path, test_split) == [("YouTubeClips/t_5_6.AVI", ["t one", "t two"])]
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+@pytest.mark.parametrize("content, message", [(pickle.dumps({"a": Evil()}), "raw-captions.pkl: it asks for .*system"), (b"garbage", "raw-captions.pkl: "),
+                                              (pickle.dumps([1, 2]), "raw-captions.pkl: "), (pickle.dumps({"a": 5}), "raw-captions.pkl: ")])
+def test_a_pickle_of_captions_executes_nothing(tmp_path, monkeypatch, content, message):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, train_list__txt="a\n", test_list__txt="a\n")
+    touch(tmp_path, "a.avi")
+    (tmp_path / "raw-captions.pkl").write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        train.load_msvd(tmp_path)
+    assert "\n" not in str(error.value) and not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("lists", [True, False])
+def test_vatex_is_read_as_it_lies(tmp_path, lists):
+    """English alone; the test is the half of the validation videos that test_list.txt names."""
+    clip = lambda v: {"videoID": v, "enCap": [f"{v} {i}" for i in range(10)], "chCap": ["no"]}
+    write(tmp_path, **{"vatex_training_v1__0__json": [clip("Ptf_2VRj-V0_000122_000132"), clip("b")], "vatex_validation_v1__0__json": [clip("c"), clip("d")]},
+          test_list__txt="d\n", **({"train_list__txt": "b\n"} if lists else {}))
+    touch(tmp_path, "videos/Ptf_2VRj-V0_000122_000132.mp4", "videos/b.mkv", "videos/d.mp4")
+    train_split, test_split = train.load_vatex(tmp_path)
+    first = [] if lists else [("videos/Ptf_2VRj-V0_000122_000132.mp4", [f"Ptf_2VRj-V0_000122_000132 {i}" for i in range(10)])]
+    assert by_hand(tmp_path, train_split) == [*first, ("videos/b.mkv", [f"b {i}" for i in range(10)])]
+    assert by_hand(tmp_path, test_split) == [("videos/d.mp4", [f"d {i}" for i in range(10)])]
+
+
+def test_didemo_paragraphs_and_odd_endings(tmp_path):
+    """Descriptions in the file's order, joined; a copy with another ending stands for its original, the original goes first."""
+    moment = lambda v, text: {"video": v, "description": text, "times": [[0, 0]], "annotation_id": 1}
+    a, b, c = "26292851@N04_4253489686_265c3c8051.m4v", "x@N_1_2.mov", "y@N_3_4.avi"
+    write(tmp_path, train_data__json=[moment(a, "one "), moment(b, "other"), moment(a, "two")], test_data__json=[moment(c, "the"), moment(c, "query")])
+    touch(tmp_path, f"videos/{Path(a).stem}.mp4", f"videos/{b}", f"videos/{Path(b).stem}.mp4", f"videos/{c}.mp4")
+    train_split, test_split = train.load_didemo(tmp_path)
+    assert by_hand(tmp_path, train_split) == [(f"videos/{Path(a).stem}.mp4", ["one two"]), (f"videos/{b}", ["other"])]
+    assert by_hand(tmp_path, test_split) == [(f"videos/{c}.mp4", ["the query"])]
+
+
+@pytest.mark.parametrize("lists", [True, False])
+def test_activitynet_paragraphs_and_names(tmp_path, lists):
+    clip = lambda *sentences: {"duration": 82.73, "timestamps": [[0, 1]] * len(sentences), "sentences": list(sentences)}
+    write(tmp_path, train__json={"v_QOlSCBRmfWY": clip("A man.", " He runs. "), "v_b": clip("B.")}, val_1__json={"v_c": clip("C.", "D.")},
+          **({"train_ids__json": ["v_b"], "val_ids__json": ["v_c"]} if lists else {}))
+    touch(tmp_path, "videos/v_QOlSCBRmfWY.mp4", "videos/b.mkv", "videos/c.webm")
+    train_split, test_split = train.load_activitynet(tmp_path)
+    assert by_hand(tmp_path, train_split) == ([] if lists else [("videos/v_QOlSCBRmfWY.mp4", ["A man. He runs."])]) + [("videos/b.mkv", ["B."])]
+    assert by_hand(tmp_path, test_split) == [("videos/c.webm", ["C. D."])]
+
+
+def test_a_manifest_of_ones_own_videos(tmp_path):
+    lines = [{"video": "clips/a.mp4", "captions": ["one", "\u05e9\u05dc\u05d5\u05dd \U0001f415"], "split": "train"}, {"video": "b.mkv", "captions": ["two"], "split": "test"},
+             {"video": "c.mp4", "captions": ["three"], "split": "val"}]
+    (tmp_path / "my.jsonl").write_text("\ufeff" + "\n\n".join(map(json.dumps, lines)), encoding="utf-8")
+    train_split, test_split = train.load_manifest(tmp_path / "my.jsonl")
+    assert by_hand(tmp_path, train_split) == [("clips/a.mp4", lines[0]["captions"])] and by_hand(tmp_path, test_split) == [("b.mkv", ["two"])]
+
+
+@pytest.mark.parametrize("line, message", [
+    ('{"video": "../a.mp4", "captions": ["a"], "split": "train"}', "line 3: '../a.mp4' leaves"),
+    ('{"video": "x/../../a.mp4", "captions": ["a"], "split": "train"}', "line 3: 'x/../../a.mp4' leaves"),
+    ('{"video": "/etc/a.mp4", "captions": ["a"], "split": "train"}', "line 3: '/etc/a.mp4' leaves"),
+    ('{"video": "a.mp4", "captions": ["a"], "split": "trian"}', "line 3: no 'trian' or not train, val or test"),
+    ('{"video": "a.mp4", "split": "train"}', "line 3: no 'captions'"), ('{"video": "a.mp4", ', "line 3: "), ("[]", "line 3: "), ("5", "line 3: "),
+    ('{"video": "c.mp4", "captions": [], "split": "train"}', "line 3: c.mp4 has no captions, or an empty one"),
+    ('{"video": "c.mp4", "captions": ["a", " "], "split": "train"}', "line 3: c.mp4 has no captions, or an empty one"),
+    ('{"video": "c.mp4", "captions": "a", "split": "train"}', "line 3: c.mp4 has no captions"),
+    ('{"video": 3, "captions": ["a"], "split": "train"}', "line 3: 3 leaves"),
+    ('{"video": "./a.mp4", "captions": ["a"], "split": "train"}', "a.mp4 is there twice"),
+    ('{"video": "c\\u0000.mp4", "captions": ["a"], "split": "train"}', "line 3: .* is not valid"),
+])
+def test_a_bad_line_of_a_manifest_is_named(tmp_path, line, message):
+    good = ['{"video": "a.mp4", "captions": ["a"], "split": "train"}', '{"video": "b.mp4", "captions": ["b"], "split": "test"}']
+    (tmp_path / "my.jsonl").write_text("\n".join([*good, line]))
+    with pytest.raises(ValueError, match="my.jsonl.*" + message.replace("../", r"\.\./")) as error:
+        train.load_dataset(train.Settings(data=str(tmp_path / "my.jsonl")))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("data, want", [("msrvtt", (12, 32, 0)), ("msvd", (12, 32, 0)), ("vatex", (12, 32, 0)), ("didemo", (64, 64, 30)), ("activitynet", (64, 64, 0)),
+                                        ("my.jsonl", (12, 32, 0))])
+def test_each_dataset_brings_the_papers_frames_and_tokens(data, want):
+    s = train.parse_settings(["--data", data])
+    assert (s.num_frames, s.num_tokens, s.clip_seconds) == want
+
+
+def test_the_first_seconds_alone_are_sampled_when_asked_for(tmp_path):
+    """20 frames at 10 a second: the first second is frames 0 to 9; a limit beyond the end is none."""
+    path = write_clip(tmp_path / "a.mp4")
+    brightness = lambda seconds: [round((x.float().mean().item() - 8) / 6) for x in sample_frames(path, 5, 16, seconds)]
+    assert brightness(1.0) == [1, 3, 5, 7, 9] and brightness(30.0) == brightness(0.0) == [2, 6, 10, 14, 18]
+
+
+@pytest.mark.parametrize("kind", ["msrvtt", "msvd", "vatex", "didemo", "activitynet", "my.jsonl"])
+def test_mutated_annotations_give_a_checked_split_or_one_clear_error(tmp_path, kind):
+    """50 of each dataset, 300 in all."""
+    captions = {f"v{i}": [f"caption {j} of {i}" for j in range(2)] for i in range(4)}
+    touch(tmp_path, *(f"{v}.mp4" for v in captions))
+    files = {"msrvtt": {"MSRVTT_data.json": {"sentences": [{"video_id": v, "caption": c} for v in captions for c in captions[v]]},
+                        "MSRVTT_train.9k.csv": "video_id\nv0\nv1\n", "MSRVTT_JSFUSION_test.csv": "key,video_id,sentence\nr0,v2,a query\nr1,v3,\"b, query\"\n"},
+             "msvd": {"train_list.txt": "v0\nv1\n", "test_list.txt": "v2\nv3\n"},
+             "vatex": {f"vatex_{p}_v1.0.json": [{"videoID": v, "enCap": captions[v]} for v in vs]
+                       for p, vs in (("training", ("v0", "v1")), ("validation", ("v2", "v3")))} | {"test_list.txt": "v3\n"},
+             "didemo": {f"{p}_data.json": [{"video": f"{v}.mp4", "description": c} for v in vs for c in captions[v]] for p, vs in (("train", ("v0", "v1")), ("test", ("v2",)))},
+             "activitynet": {f: {v: {"sentences": captions[v]} for v in vs} for f, vs in (("train.json", ("v0", "v1")), ("val_1.json", ("v2",)))} | {"val_ids.json": ["v2"]},
+             "my.jsonl": {"my.jsonl": "\n".join(json.dumps({"video": f"{v}.mp4", "captions": captions[v], "split": s})
+                                                for v, s in zip(captions, ("train", "train", "test", "val")))}}[kind]
+    files = {name: (text if isinstance(text, str) else json.dumps(text)).encode() for name, text in files.items()}
+    if kind == "msvd":
+        files["raw-captions.pkl"] = pickle.dumps({v: [c.split() for c in captions[v]] for v in captions})
+    outcomes = []
+    for i in range(50):
+        rng = np.random.default_rng(i)
+        chosen = sorted(files)[i % len(files)]
+        for name, data in files.items():
+            (tmp_path / name).write_bytes(mutate(data, rng) if name == chosen else data)
+        try:
+            for split in train.load_dataset(train.Settings(data=str(tmp_path / kind) if kind == "my.jsonl" else kind, root=str(tmp_path))):
+                assert split and all(isinstance(path, Path) and texts and all(isinstance(t, str) and t.strip() for t in texts) for path, texts in split)
+                assert all(t.encode() for _, texts in split for t in texts)
+            outcomes.append("split")
+        except ValueError as error:
+            assert "\n" not in str(error) and str(tmp_path) in str(error), error
+            outcomes.append("error")
+    assert outcomes.count("error") > 10
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The download, from a server that fails in every way
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves self.server.files; self.server.faults, a list, says what goes wrong in the coming requests."""
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        fault = self.server.faults.pop(0) if self.server.faults else ""
+        self.server.log.append((self.path, self.headers.get("Range"), fault))
+        data = self.server.files.get(self.path)
+        if data is None or fault in (404, 500):
+            return self.send_error(fault or 404)
+        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
+        if start >= len(data) and start:
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(data)}")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        if fault == "garbage":
+            data = b"<html>not today</html>"
+        if fault in ("no ranges", "garbage") or not start:
+            start = 0
+            self.send_response(200)
+        else:
+            self.send_response(206)
+            at = start + (7 if fault == "another part" else 0)
+            self.send_header("Content-Range", f"bytes {at}-{len(data) - 1}/{len(data)}")
+        if fault != "no length":
+            self.send_header("Content-Length", str(len(data) - start))
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.close_connection = True
+        self.wfile.write(data[start:start + 3000 if fault == "break off" else None])
+
+
+@pytest.fixture
+def server(monkeypatch):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    server.files, server.faults, server.log = {}, [], []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(Server, "log_message", lambda *_: None)
+    monkeypatch.setattr(train.time, "sleep", lambda _: None)
+    yield server
+    server.shutdown()
+
+
+CONTENT = np.random.default_rng(0).bytes(20_000)
+
+
+@pytest.mark.parametrize("faults, ranges", [
+    ([], [None]), (["break off"] * 5, [None] + [f"bytes={3000 * k}-" for k in range(1, 6)]), ([500, 500], [None] * 3),
+    (["break off", "no ranges"], [None, "bytes=3000-"]), (["break off", "another part"], [None, "bytes=3000-", None]),
+    (["no length"], [None]), (["break off", 500, "break off"], [None, "bytes=3000-", "bytes=3000-", "bytes=6000-"])])
+def test_a_download_survives_and_goes_on(tmp_path, server, faults, ranges):
+    server.files["/a"], server.faults = CONTENT, list(faults)
+    train.fetch(server.url + "/a", tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == CONTENT and [p.name for p in tmp_path.iterdir()] == ["a"]
+    assert [r for _, r, _ in server.log] == ranges
+
+
+def test_a_download_that_was_killed_goes_on(tmp_path, server):
+    """Also when everything had arrived but the name, and when what lies there is longer than the file."""
+    server.files["/a"] = CONTENT
+    for part in (CONTENT[:12_345], CONTENT, CONTENT + b"more"):
+        (tmp_path / "a.part").write_bytes(part)
+        train.fetch(server.url + "/a", tmp_path / "a")
+        assert (tmp_path / "a").read_bytes() == CONTENT and not (tmp_path / "a.part").exists()
+    assert [r for _, r, _ in server.log] == ["bytes=12345-", "bytes=20000-", "bytes=20004-", None]
+
+
+@pytest.mark.parametrize("faults, message", [([404], "404"), ([500] * 9, "500")])
+def test_a_download_that_cannot_be_is_one_line_and_loses_nothing(tmp_path, server, faults, message):
+    server.files["/a"], server.faults = CONTENT, faults
+    (tmp_path / "a.part").write_bytes(CONTENT[:100])
+    with pytest.raises(ValueError, match=message) as error:
+        train.fetch(server.url + "/a", tmp_path / "a")
+    assert "\n" not in str(error.value) and (tmp_path / "a.part").read_bytes() == CONTENT[:100] and not (tmp_path / "a").exists()
+
+
+def zipped(folder, names=None):
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in sorted(folder.rglob("*")) if folder else []:
+            archive.write(path, path.relative_to(folder))
+        for name in names or []:
+            archive.writestr(name, "x" * 100)
+    return data.getvalue()
+
+
+def test_msrvtt_is_downloaded_unpacked_and_read(tmp_path, server, monkeypatch):
+    """From archives like the real ones, through a broken connection and a page of garbage, then again with nothing to do."""
+    source = write_msrvtt(tmp_path / "source", "clip4clip", "MSRVTT/videos/all")
+    (tmp_path / "videos").mkdir()
+    (source / "MSRVTT").rename(tmp_path / "videos/MSRVTT")
+    server.files = {"/v.zip": zipped(tmp_path / "videos"), "/a.zip": zipped(source)}
+    monkeypatch.setattr(train, "SOURCES", {"MSRVTT.zip": server.url + "/v.zip", "msrvtt_data.zip": server.url + "/a.zip"})
+    root, argv = tmp_path / "root", ["--data", "msrvtt", "--download", "--root", str(tmp_path / "root")]
+    server.faults = ["garbage"]
+    with pytest.raises(ValueError, match="MSRVTT.zip: what arrived is no whole archive"):
+        train.main(argv)
+    assert list(root.iterdir()) == []
+    server.faults = ["break off", "", "break off"]
+    train.main(argv)
+    assert [len(split) for split in train.load_msrvtt(root)] == [3, 2]
+    assert not [p for p in root.rglob("*") if p.suffix in (".zip", ".part")]
+    done = len(server.log)
+    train.main(argv)
+    assert len(server.log) == done
+
+
+@pytest.mark.parametrize("name", ["../evil.mp4", "/tmp/evil.mp4", "videos/../../evil.mp4", "C:evil.mp4", "..\\evil.mp4", "link/evil.mp4"])
+def test_no_path_of_an_archive_leaves_the_folder(tmp_path, name):
+    root = tmp_path / "a" / "root"
+    root.mkdir(parents=True)
+    (root / "link").symlink_to(tmp_path)
+    (root / "z.zip").write_bytes(zipped(None, ["good.mp4", name]))
+    with pytest.raises(ValueError, match="would leave the folder"):
+        train.unpack(root / "z.zip", root)
+    assert sorted(p.name for p in root.iterdir()) == ["link", "z.zip"] and not list(tmp_path.glob("**/evil.mp4"))
+
+
+@pytest.mark.parametrize("spoil", [lambda z: z[:-30], lambda z: z[:60] + bytes([z[60] ^ 255]) + z[61:], lambda z: b""])
+def test_a_damaged_archive_is_removed_and_nothing_of_it_half_written(tmp_path, spoil):
+    (tmp_path / "z.zip").write_bytes(spoil(zipped(None, ["one.mp4"])))
+    with pytest.raises(ValueError, match="z.zip: what arrived is no whole archive"):
+        train.unpack(tmp_path / "z.zip", tmp_path)
+    assert not (tmp_path / "z.zip").exists() and not (tmp_path / "one.mp4").exists()
 
 
 def decodes(monkeypatch):
@@ -699,36 +1280,36 @@ def decodes(monkeypatch):
 
 def test_the_cache_decodes_once_and_gives_the_same_frames(tmp_path, monkeypatch):
     path, calls = write_clip(tmp_path / "a.mp4"), decodes(monkeypatch)
-    first, second = (train.cached_frames(path, 4, 16, tmp_path / "cache") for _ in range(2))
+    first, second = (train.cached_frames(path, 4, 16, 0.0, tmp_path / "cache") for _ in range(2))
     assert torch.equal(first, second) and torch.equal(first, sample_frames(path, 4, 16)) and len(calls) == 1
-    train.cached_frames(path, 5, 16, tmp_path / "cache"), train.cached_frames(path, 4, 24, tmp_path / "cache")
+    train.cached_frames(path, 5, 16, 0.0, tmp_path / "cache"), train.cached_frames(path, 4, 24, 0.0, tmp_path / "cache")
     assert len(calls) == 3
-    assert train.cached_frames(path, 4, 16, tmp_path / "cache").shape == (4, 3, 16, 16) and len(calls) == 3
+    assert train.cached_frames(path, 4, 16, 0.0, tmp_path / "cache").shape == (4, 3, 16, 16) and len(calls) == 3
 
 
 @pytest.mark.parametrize("at", ["header", "first", "last", "cut", "empty", "longer"])
 def test_a_damaged_cache_is_noticed_and_rebuilt(tmp_path, monkeypatch, at):
     path, calls = write_clip(tmp_path / "a.mp4"), decodes(monkeypatch)
-    frames = train.cached_frames(path, 4, 16, tmp_path / "cache")
+    frames = train.cached_frames(path, 4, 16, 0.0, tmp_path / "cache")
     (file,) = (tmp_path / "cache").rglob("*.frames")
     good = file.read_bytes()
     start = good.index(b"\n") + 1
     flip = {"header": 5, "first": start, "last": len(good) - 1}.get(at)
     file.write_bytes({"cut": good[:-7], "empty": b"", "longer": good + b"x"}.get(at) if flip is None else
                      good[:flip] + bytes([good[flip] ^ 1]) + good[flip + 1:])
-    assert torch.equal(train.cached_frames(path, 4, 16, tmp_path / "cache"), frames) and len(calls) == 2
+    assert torch.equal(train.cached_frames(path, 4, 16, 0.0, tmp_path / "cache"), frames) and len(calls) == 2
     assert file.read_bytes() == good
 
 
 def test_a_replaced_video_is_decoded_anew_even_with_its_old_size_and_time(tmp_path, monkeypatch):
     path, other = write_clip(tmp_path / "a.mp4", 20), write_clip(tmp_path / "b.mp4", 10)
-    assert not torch.equal(before := train.cached_frames(path, 4, 16, tmp_path / "cache"), sample_frames(other, 4, 16))
+    assert not torch.equal(before := train.cached_frames(path, 4, 16, 0.0, tmp_path / "cache"), sample_frames(other, 4, 16))
     size, stat = max(path.stat().st_size, other.stat().st_size), path.stat()
     content = other.read_bytes()
     path.write_bytes(content + bytes(max(0, stat.st_size - len(content))))
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert path.stat().st_mtime_ns == stat.st_mtime_ns and path.stat().st_size == size
-    after = train.cached_frames(path, 4, 16, tmp_path / "cache")
+    after = train.cached_frames(path, 4, 16, 0.0, tmp_path / "cache")
     assert torch.equal(after, sample_frames(path, 4, 16)) and not torch.equal(after, before)
 
 
@@ -803,10 +1384,11 @@ def test_a_run_leaves_its_folder_and_a_table_and_repeats_exactly(tmp_path):
     results = [run(*SMALL, "--root", root, "--cache", tmp_path / "cache", "--out", tmp_path / name) for name in "ab"]
     assert [r.returncode for r in results] == [0, 0], results[0].stderr
     a, b = tmp_path / "a", tmp_path / "b"
-    assert sorted(p.name for p in a.iterdir()) == ["config.json", "interactions.png", "log.jsonl", "model.safetensors", "settings.json"]
+    assert sorted(p.name for p in a.iterdir()) == ["config.json", "interactions.png", "log.jsonl", "model.safetensors", "queries.jsonl", "settings.json"]
     *steps, last = map(json.loads, (a / "log.jsonl").read_text().splitlines())
     assert [s["step"] for s in steps] == [0, 1, 2, 3] and {"loss", "MMS_F", "MMS_V", "lr"} <= steps[0].keys()
-    assert [row["score"] for row in last["evaluation"]] == ["MMS_F", "MMS_V", "MMS_FV"] and last["gallery"] == 2
+    assert [row["score"] for row in last["evaluation"]] == 2 * ["MMS_F", "MMS_V", "MMS_FV", "RRF"] and last["gallery"] == 2
+    assert [row["queries"] for row in last["evaluation"]] == 4 * ["all"] + 4 * ["video to text"]
     assert all(f"{row['score']}" in results[0].stdout for row in last["evaluation"]) and "gallery of 2 videos" in results[0].stdout
     for name in ("model.safetensors", "log.jsonl"):
         assert (a / name).read_bytes() == (b / name).read_bytes()
@@ -844,12 +1426,15 @@ def test_shares_are_a_list_taken_apart_in_order(world, monkeypatch):
     assert sum(parts, []) == list(range(11)) and max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def test_the_benchmark_measures_every_part_without_weights():
-    result = run("--bench", "--backbone", "tiny", "--root", "nowhere", "--batch-size", 2, "--num-frames", 2)
-    assert result.returncode == 0, result.stderr
+def test_the_benchmark_measures_every_part_without_weights(monkeypatch, capsys):
+    index = train.bench_index
+    monkeypatch.setattr(train, "bench_index", lambda device: index(device, videos=2000, d=64))
+    monkeypatch.setattr(train, "seconds", functools.partial(train.seconds, repeat=1))
+    train.main(["--bench", "--backbone", "tiny", "--root", "nowhere", "--batch-size", "2", "--num-frames", "2", "--device", "cpu"])
+    out = capsys.readouterr().out
     for part in ("mean_max_sim", "decode", "cache", "image encoder", "temporal layers", "text encoder", "loss", "optimiser",
-                 "whole step", "pairs/s", "TFLOP/s", "MB", "MMS_F ", "MMS_V ", "MMS_FV", "JPEG"):
-        assert part in result.stdout, part
+                 "whole step", "pairs/s", "TFLOP/s", "MB", "MMS_F ", "MMS_V ", "MMS_FV", "JPEG", "an index of 2000 videos", "times one plain product"):
+        assert part in out, part
 
 
 def test_a_missing_test_video_stops_the_evaluation_unless_allowed(tmp_path):
@@ -866,15 +1451,261 @@ def test_a_missing_test_video_stops_the_evaluation_unless_allowed(tmp_path):
     assert stopped.returncode == 2 and "1 of 3 training videos cannot be read" in stopped.stderr and "video0.mp4" in stopped.stdout
 
 
-@pytest.mark.parametrize("flags, message", [(["--batch-size", "400"], "--batch-size 400 is more than the 9 examples"),
-                                            (["--device", "tpu9"], "--device tpu9"), (["--data", "nonsense"], "--data must be"),
-                                            (["--loss", "hinge"], "loss must be"), (["--backbone", "ViT-B-23"], "unknown backbone")])
-def test_a_wrong_flag_is_one_line(tmp_path, flags, message):
+@pytest.mark.parametrize("flags, message", [
+    (["--batch-size", "400"], "--batch-size 400 is more than the 9 examples"), (["--device", "tpu9"], "--device tpu9"),
+    (["--data", "nonsense"], "--data must be"), (["--loss", "hinge"], "loss must be"), (["--backbone", "ViT-B-23"], "unknown backbone"),
+    (["--num-frames", "0"], "num_frames and temporal_layers must be"), (["--batch-size", "0"], "--batch-size must be at least 1"),
+    (["--epochs", "-1"], "--epochs must be at least 0"), (["--lr", "nan"], "--lr must be at least 0"), (["--table", "9"], "--table is 1 to 8"),
+    (["--seeds", "2"], "--out .* names one run"), (["--resume", "nowhere"], "nowhere/settings.json: No such file"), (["--eval-only", "nowhere"], "nowhere/"),
+    (["--interaction", "sum"], "interaction must be mms or mp"), (["--warmup", "2"], "--warmup at most 1"), (["--checkpoint-every", "0"], "--checkpoint-every"),
+])
+def test_a_wrong_flag_is_one_line_before_anything_slow(tmp_path, monkeypatch, flags, message):
     """Raised to the last lines of train.py, which print it and leave with code 2 (seen in the test of a run's folder)."""
-    root = write_msrvtt(tmp_path / "data", "clip4clip", "videos")
+    root, decoded = write_msrvtt(tmp_path / "data", "clip4clip", "videos"), decodes(monkeypatch)
     with pytest.raises(ValueError, match=message) as error:
         train.main([*map(str, SMALL), "--root", str(root), "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out"), *flags])
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and not decoded and not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: whatever kills a run, what goes on with it ends in the same bytes
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A folder with data and one undisturbed run of 4 steps, runs/whole, and the flags of it."""
+    folder = tmp_path_factory.mktemp("runs")
+    root = write_msrvtt(folder / "data", "clip4clip", "videos")
+    flags = [*map(str, SMALL), "--root", str(root), "--cache", str(folder / "cache"), "--captions-per-video", "1", "--device", "cpu"]
+    train.main([*flags, "--out", str(folder / "whole")])
+    return folder, flags
+
+
+def contents(run):
+    return {p.name: p.read_bytes() for p in run.iterdir() if p.name != "settings.json"}
+
+
+class Killed(Exception):
+    pass
+
+
+def killed(monkeypatch, flags, where, step, resume=False):
+    """Run until `where`, a function of train.py, is called for the step-th time; it then never returns."""
+    calls, function = itertools.count(), getattr(train, where)
+
+    def dies(*args, **kwargs):
+        if next(calls) == step:
+            raise Killed
+        return function(*args, **kwargs)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, where, dies)
+        with pytest.raises(Killed):
+            train.main(flags)
+
+
+@pytest.mark.parametrize("where, step", [*(("training_step", k) for k in range(4)), ("save_checkpoint", 1), ("evaluate", 0), ("draw_examples", 0)])
+@pytest.mark.parametrize("every", ["1", "500"])
+def test_a_killed_run_is_resumed_to_the_same_bytes(tmp_path, monkeypatch, whole, where, step, every):
+    """Killed in any of its steps, in a checkpoint, in the evaluation, with a checkpoint a step or one an epoch; then once more."""
+    folder, flags = whole
+    out = str(tmp_path / "out")
+    killed(monkeypatch, [*flags, "--out", out, "--checkpoint-every", every], where, step)
+    killed(monkeypatch, ["--resume", out], "evaluate", 0)
+    train.main(["--resume", out])
+    assert contents(tmp_path / "out") == contents(folder / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves_with_one_line(tmp_path, monkeypatch, whole, number):
+    folder, flags = whole
+    step = train.training_step
+    monkeypatch.setattr(train, "training_step", lambda *args: os.kill(os.getpid(), number) or step(*args))
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 0; go on with --resume .*out"):
+        train.main([*flags, "--out", str(tmp_path / "out")])
+    monkeypatch.undo()
+    assert [p.name for p in (tmp_path / "out/checkpoints").iterdir()] == ["step-00000001.pt"]
+    train.main(["--resume", str(tmp_path / "out")])
+    assert contents(tmp_path / "out") == contents(folder / "whole")
+
+
+def test_a_signal_to_the_process_is_one_line(tmp_path, whole):
+    folder, flags = whole
+    process = subprocess.Popen([sys.executable, train.__file__, *flags, "--epochs", "100000", "--out", str(tmp_path / "out")],
+                               stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("out/checkpoints/*.pt")):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    last = process.communicate(timeout=60)[1].splitlines()[-1]
+    assert process.returncode == 130 and re.search(r"train.py: stopped after step \d+; go on with --resume", last)
+
+
+@pytest.mark.parametrize("damage", [lambda f: f.write_bytes(f.read_bytes()[:-1]), lambda f: f.write_bytes(b""), lambda f: f.write_bytes(
+    f.read_bytes()[:3000] + bytes([f.read_bytes()[3000] ^ 1]) + f.read_bytes()[3001:])])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path, monkeypatch, capsys, whole, damage):
+    folder, flags = whole
+    killed(monkeypatch, [*flags, "--out", str(tmp_path / "out"), "--checkpoint-every", "1"], "training_step", 3)
+    first, last = sorted((tmp_path / "out/checkpoints").iterdir())          # the last two are kept
+    assert (first.name, last.name) == ("step-00000002.pt", "step-00000003.pt")
+    damage(last)
+    capsys.readouterr()
+    train.main(["--resume", str(tmp_path / "out")])
+    assert f"{last} is damaged, the one before it is taken" in capsys.readouterr().out
+    assert contents(tmp_path / "out") == contents(folder / "whole")
+
+
+def test_resuming_with_other_settings_or_other_data_is_an_error_that_names_them(tmp_path, monkeypatch, whole):
+    folder, flags = whole
+    out = tmp_path / "out"
+    killed(monkeypatch, [*flags, "--out", str(out), "--checkpoint-every", "1"], "training_step", 2)
+    with pytest.raises(ValueError, match="out was begun with --lr 0.002, --seed 0: leave"):
+        train.main(["--resume", str(out), "--seed", "3", "--lr", "1"])
+    settings = json.loads((out / "settings.json").read_text())
+    other = write_msrvtt(tmp_path / "other", "clip4clip", "videos")
+    (other / "MSRVTT_train.9k.csv").write_text("video_id\nvideo0\nvideo3\nvideo5\n")
+    (out / "settings.json").write_text(json.dumps({**settings, "root": str(other)}))
+    with pytest.raises(ValueError, match="out was begun with other training videos or captions"):
+        train.main(["--resume", str(out)])
+    (out / "settings.json").write_text("{}")
+    with pytest.raises(ValueError, match="out/settings.json is not of this version"):
+        train.main(["--resume", str(out)])
+
+
+def test_a_checkpoint_executes_nothing(tmp_path, monkeypatch):
+    """Its checksum right, its pickle evil: refused before anything runs."""
+    monkeypatch.chdir(tmp_path)
+    data = io.BytesIO()
+    torch.save({"step": 1, "model": Evil()}, data)
+    Path("step-00000001.pt").write_bytes(train.hashlib.sha256(data.getvalue()).hexdigest().encode() + b"\n" + data.getvalue())
+    with pytest.raises(pickle.UnpicklingError):
+        train.load_checkpoint(tmp_path)
+    torch.save({"a": Evil()}, "weights.pt")
+    with pytest.raises(ValueError, match="weights.pt does not hold"):
+        VideoColBERT(Config(pretrained="weights.pt"))
+    assert not Path("executed").exists()
+
+
+def test_a_full_disk_at_a_checkpoint_is_one_line_and_leaves_the_one_before(tmp_path, monkeypatch, whole):
+    folder, flags = whole
+    writes, real = itertools.count(), train.os.fsync
+
+    def full(fd):
+        if next(writes) == 1:
+            raise OSError(28, "No space left on device")
+        real(fd)
+    monkeypatch.setattr(train.os, "fsync", full)
+    with pytest.raises(ValueError, match=r"step 2 cannot be written \(No space left on device\); the last good one is .*step-00000001.pt"):
+        train.main([*flags, "--out", str(tmp_path / "out"), "--checkpoint-every", "1"])
+    assert [p.name for p in (tmp_path / "out/checkpoints").iterdir()] == ["step-00000001.pt"]
+    train.main(["--resume", str(tmp_path / "out")])
+    assert contents(tmp_path / "out") == contents(folder / "whole")
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_videos_and_checkpoint(tmp_path, monkeypatch, whole):
+    """And no checkpoint is written that it has spoilt."""
+    folder, flags = whole
+    calls, step = itertools.count(), train.training_step
+    monkeypatch.setattr(train, "training_step", lambda *args: step(*args) * (math.nan if next(calls) == 2 else 1))
+    with pytest.raises(ValueError, match=r"the loss of step 2 is nan; last good checkpoint: .*step-00000002.pt; videos of that step: video\d.mp4") as error:
+        train.main([*flags, "--out", str(tmp_path / "out")])
+    assert "\n" not in str(error.value) and len(list((tmp_path / "out/checkpoints").iterdir())) == 1
+
+
+def test_two_processes_do_not_share_a_run(tmp_path, monkeypatch, whole):
+    folder, flags = whole
+    killed(monkeypatch, [*flags, "--out", str(tmp_path / "out")], "training_step", 2)
+    code = f"import fcntl, time; f = open({str(tmp_path / 'out/settings.json')!r}); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"
+    train.claimed.close()
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    other.stdout.readline()
+    with pytest.raises(ValueError, match="another process is at work on .*out"):
+        train.main(["--resume", str(tmp_path / "out")])
+    other.kill()
+    other.wait()
+    train.main(["--resume", str(tmp_path / "out")])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables and figures
+
+def runs_below(folder):
+    return sorted(p.parent.name for p in folder.glob("runs/*/settings.json"))
+
+
+def test_table_3_trains_each_row_goes_on_and_reuses(tmp_path, monkeypatch, capsys, whole):
+    """Five settings, two seeds; a killed row is gone on with, finished ones are not run again, the numbers are the runs' own."""
+    _, flags = whole
+    monkeypatch.chdir(tmp_path)
+    killed(monkeypatch, [*flags, "--table", "3", "--seeds", "2", "--epochs", "1"], "training_step", 5)
+    before = runs_below(tmp_path)
+    train.main([*flags, "--table", "3", "--seeds", "2", "--epochs", "1"])
+    assert len(before) == 3 and set(before) < set(runs_below(tmp_path)) and len(runs_below(tmp_path)) == 10
+    out = capsys.readouterr().out
+    assert (tmp_path / "runs/table-3-msrvtt.md").read_text() in out
+    rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")] for line in out.splitlines() if line.startswith("| M") or line.startswith("| R")}
+    assert list(rows) == ["MP on frames", "MP on video", "MMS_F", "MMS_V", "MMS_FV", "RRF"] and rows["MMS_F"][2] == "`--lambda-video 0`"
+    found = [(json.loads((tmp_path / "runs" / r / "settings.json").read_text()), train.finished(tmp_path / "runs" / r)) for r in runs_below(tmp_path)]
+    for name, changes, score in (("MP on video", dict(interaction="mp", lambda_frame=0), "MP_V"), ("MMS_V", dict(lambda_frame=0, interaction="mms"), "MMS_V"),
+                                 ("RRF", dict(interaction="mms", lambda_frame=1, lambda_video=1), "RRF")):
+        values = [row["R@5"] for s, record in found if changes.items() <= s.items() for row in record["evaluation"]
+                  if row["queries"] == "all" and row["score"] == score]
+        assert len(values) == 2 and rows[name][4] == f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
+    monkeypatch.setattr(train, "train", None)                               # nothing is left to train
+    train.main([*flags, "--table", "3", "--seeds", "2", "--epochs", "1"])
+    train.main([*flags, "--seeds", "2", "--epochs", "1"])
+    assert "MMS_FV |  | " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [3, 4, 5, 7, 8, 12])
+def test_a_row_of_a_table_changes_its_own_setting_alone(number):
+    """What its flags say, beside what belongs to InfoNCE and to another backbone; one row is the default, with the main numbers."""
+    argv = ["--data", "msrvtt"]
+    default = dataclasses.asdict(train.parse_settings(argv))
+    subject = {3: {"interaction", "lambda_frame", "lambda_video"}, 4: {"loss", "loss_form", "learn_scale", "logit_scale", "interaction", "lambda_frame", "lambda_video"},
+               5: {"query_augmentation", "backbone"}, 7: {"num_frames"}, 8: {"temporal_layers"}, 12: {"pad_token"}}[number]
+    changes = []
+    for name, flags, score, paper in train.TABLES[number][1]:
+        s = dataclasses.asdict(train.parse_settings([*argv, *flags]))
+        changes.append({k for k in s if s[k] != default[k]})
+        assert changes[-1] <= subject and len(paper) == 4
+        if not changes[-1] and score == "MMS_FV":
+            assert paper[0] == 48.1
+    assert set() in changes and set.union(*changes) == subject
+
+
+def test_table_6_figure_3_and_4_and_table_1_come_from_the_runs(tmp_path, monkeypatch, capsys, whole):
+    _, flags = whole
+    monkeypatch.chdir(tmp_path)
+    train.main([*flags, "--figure", "3"])
+    train.main([*flags, "--table", "6"])
+    train.main([*flags, "--figure", "4"])
+    train.main([*flags, "--table", "1"])
+    out = capsys.readouterr().out
+    assert len(runs_below(tmp_path)) == 2
+    before, after = ({q["query"]: q["rank"]["MMS_FV"] for q in map(json.loads, (tmp_path / "runs" / r / "queries.jsonl").read_text().splitlines())}
+                     for r in ("msrvtt", "msrvtt-2"))
+    assert all(f"| {q} | {before[q]} | {after[q]} | {after[q] - before[q]:+d} |" in out for q in before)
+    assert all(Image.open(tmp_path / f"runs/figure-{n}-msrvtt.png").size[0] > 250 for n in (3, 4))
+    assert "| msrvtt | tiny | runs/msrvtt |" in out and "--query-augmentation False" in out and "| msvd | ViT-B-16-SigLIP | no run |" in out
+    assert "48.1 / 74.9 / 83.9 / 0.652" in out
+
+
+def test_no_training_and_evaluation_alone(tmp_path, monkeypatch, capsys, whole):
+    """--epochs 0 saves the untrained model; --eval-only gives a run's numbers again, on its own data and on other data."""
+    folder, flags = whole
+    monkeypatch.chdir(tmp_path)
+    train.main([*flags, "--epochs", "0", "--out", "zero"])
+    config = VideoColBERT.load("zero").config
+    torch.manual_seed(0)
+    model = VideoColBERT(config).state_dict()
+    saved = safetensors.torch.load_file("zero/model.safetensors")
+    assert all(torch.equal(saved[name], model[name]) for name in saved)
+    train.main(["--eval-only", str(folder / "whole"), "--out", "again"])
+    assert (tmp_path / "again/queries.jsonl").read_bytes() == (folder / "whole/queries.jsonl").read_bytes()
+    write_clip(tmp_path / "a.mp4"), write_clip(tmp_path / "b.mp4", 3)
+    lines = [{"video": f"{v}.mp4", "captions": [f"a {v}", f"two {v}"], "split": p} for v, p in (("a", "test"), ("b", "test"), ("c", "train"))]
+    (tmp_path / "my.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    train.main(["--eval-only", str(folder / "whole"), "--data", "my.jsonl"])
+    assert train.finished("runs/my-eval")["gallery"] == 2 and train.finished("runs/my-eval")["evaluation"][0]["number"] == 4
+    assert not (tmp_path / "runs/my-eval/model.safetensors").exists()
 
 
 def test_a_few_videos_are_learned_by_heart(tmp_path, shapes):
@@ -884,7 +1715,7 @@ def test_a_few_videos_are_learned_by_heart(tmp_path, shapes):
     s = train.parse_settings(["--num-frames", "3", "--num-tokens", "12", "--epochs", "200", "--batch-size", "16", "--cache", str(tmp_path)])
     torch.manual_seed(0)
     model = VideoColBERT(Config(**{f.name: getattr(s, f.name) for f in train.dataclasses.fields(Config)}))
-    losses = []
-    train.train(model, videos, s, torch.device("cpu"), lambda loss, **_: losses.append(loss))
+    train.train(model, videos, s, torch.device("cpu"), tmp_path)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     sims, target, _ = train.evaluate(model, videos, s, torch.device("cpu"))
     assert retrieval_metrics(sims["MMS_FV"], target)["R@1"] >= 90 and losses[-1] < losses[0] / 4

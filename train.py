@@ -51,8 +51,8 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from video_colbert import (Config, VideoColBERT, draw_interactions, frame_times, interactions, mean_max_sim, reciprocal_rank_fusion,
-                           retrieval_metrics, sample_frames, video_to_text)
+from video_colbert import (VIDEO_ENDINGS, Config, VideoColBERT, VideoIndex, draw_interactions, frame_times, interactions, mean_max_sim,
+                           reciprocal_rank_fusion, retrieval_metrics, run_main, sample_frames, video_to_text)
 
 try:
     import fcntl
@@ -289,7 +289,6 @@ def shapes_kind(caption):
 
 SOURCES = {"MSRVTT.zip": "https://www.robots.ox.ac.uk/~maxbain/frozen-in-time/data/MSRVTT.zip",             # videos
            "msrvtt_data.zip": "https://github.com/ArrowLuo/CLIP4Clip/releases/download/v0.0/msrvtt_data.zip"}           # splits, captions
-ENDINGS = {".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".3gp", ".flv", ".wmv", ".ts"}
 
 
 class Missing(ValueError):
@@ -319,14 +318,14 @@ def videos_below(root):
     for folder, folders, files in os.walk(root, followlinks=True):
         folders.sort()
         for name in sorted(files):
-            if os.path.splitext(name)[1].lower() in ENDINGS:
+            if os.path.splitext(name)[1].lower() in VIDEO_ENDINGS:
                 names.setdefault(name, Path(folder, name))
                 stems.setdefault(os.path.splitext(name)[0], Path(folder, name))
     if not names:
         raise Missing(f"no videos in {root}")
 
     def path(*ids):
-        stem = lambda name: os.path.splitext(name)[0] if os.path.splitext(name)[1].lower() in ENDINGS else name
+        stem = lambda name: os.path.splitext(name)[0] if os.path.splitext(name)[1].lower() in VIDEO_ENDINGS else name
         found = [table[key] for v in ids for table, key in ((names, v), (stems, v), (stems, stem(v))) if key in table]
         return found[0] if found else Path(root, ids[0] if stem(ids[0]) != ids[0] else f"{ids[0]}.mp4")     # named when it is read
     return path
@@ -939,7 +938,7 @@ def results_table(record):
 def draw_examples(model, videos, s, queries, number=4):
     """Figure 4 for a few queries, evenly spread over the test set. `queries` are the lines of queries.jsonl."""
     rows, path = [], {path.name: path for path, _ in videos}
-    for i in (k * len(queries) // number + k for k in range(min(number, len(queries)))):
+    for i in sorted({min(k * len(queries) // number + k, len(queries) - 1) for k in range(number)}):        # + k: of each kind of shapes' queries
         q = queries[i]
         frames = cached_frames(path[q["video"]], s.num_frames, model.image_size, s.clip_seconds, s.cache)
         words, before, after = interactions(model, q["query"], frames)
@@ -1346,6 +1345,27 @@ def bench_search(s, model, device, gallery=1000):
     return B, {name: (1000 * t / B, 1000 * wait) for name, t, wait in zip(("MMS_F", "MMS_V", "MMS_FV"), (still, both, both), latency)}
 
 
+def bench_index(device, videos=100_000, N=12, E=2, d=512, M=32):
+    """Exact search in a memory-mapped index of synthetic videos."""
+    with tempfile.TemporaryDirectory() as folder:
+        block = torch.cat([unit_vectors("cpu", 1000, N, d), unit_vectors("cpu", 1000, N + E, d)], 1).half().numpy().tobytes()
+        with open(Path(folder) / "vectors-0.f16", "wb") as file:
+            for _ in range(videos // 1000):
+                file.write(block)
+        (Path(folder) / "index.json").write_text(json.dumps(dict(
+            root="/videos", model="", fingerprint="", num_frames=N, visual_expansion=E, width=d, vectors="vectors-0.f16",
+            videos=[[f"folder{i // 1000}/video{i}.mp4", 10 ** 6, 10 ** 18 + i, 10.0] for i in range(videos)])))
+        start = time.perf_counter()
+        index = VideoIndex.load(folder)
+        opened, held = time.perf_counter() - start, extra_megabytes(torch.device("cpu"), lambda: VideoIndex.load(folder))
+        Q, mask = unit_vectors(device, 1, M, d), torch.ones(1, M, dtype=torch.bool, device=device)
+        index.vectors = index.vectors.to(device)
+        plain, ours = seconds(device, lambda: [Q[0] @ x.float().flatten(0, 1).T for x in index.vectors.split(1024)], lambda: index.scores(Q, mask), repeat=3)
+        bytes_a_video = index.vectors[0].numel() * 2
+    return [f"an index of {videos} videos (N = {N}, E = {E}, d = {d}: {bytes_a_video} bytes a video): opens in {opened:.2f} s, holding {held:.0f} MB",
+            f"  one query of {M} tokens, exact: {1000 * ours:.0f} ms, {ours / plain:.2f} times one plain product of the same vectors"]
+
+
 def untrained(s, device):
     return VideoColBERT(dataclasses.replace(config_of(s), pretrained=None)).to(device)
 
@@ -1366,7 +1386,7 @@ def bench(s, device):
     B, costs = bench_search(s, model, device)
     return "\n".join([hardware(device), *bench_scores(device), *bench_clips(s, model.image_size), *bench_step(s, model.train(), device),
                       f"as the paper's Table 11: indexing (ms a video, {B} at a time), query latency (ms, 1000 videos)",
-                      *(f"  {name:8}{index:8.2f}{query:8.2f}" for name, (index, query) in costs.items())])
+                      *(f"  {name:8}{index:8.2f}{query:8.2f}" for name, (index, query) in costs.items()), *bench_index(device)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1421,17 +1441,5 @@ def main(argv=None):
         dist.destroy_process_group()
 
 
-def interrupt(number, frame):
-    raise KeyboardInterrupt("stopped")
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt as error:
-        print(f"train.py: {error or 'stopped'}", file=sys.stderr)
-        sys.exit(130)
+    run_main(main, "train.py")

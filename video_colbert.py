@@ -11,12 +11,18 @@ Shapes: A queries, B videos, M query tokens, N frames, E visual expansion tokens
 In the paper's order: settings, interaction (4.1), loss (4.3), encoders and temporal transformer (4.1, 4.2), then
 what surrounds them: frames from a file (5.2), metrics (5.3), Figure 4.
 """
+import argparse
 import copy
 import difflib
+import hashlib
 import json
 import os
+import re
+import signal
+import sys
+import time
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import av
@@ -28,6 +34,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.nn.functional import cross_entropy, logsigmoid, normalize
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,12 +335,14 @@ class VideoColBERT(nn.Module):
 def frame_times(path):
     """When a video shows its frames: times in ticks, sorted, the end of the last, seconds a tick, and whether ticks are pts.
 
-    From the packets, for headers lie. Raises ValueError where there is no frame, OSError where there is no video.
+    From the packets, for headers lie. Raises ValueError where there is no frame, OSError or av.FFmpegError where no video.
     """
     with av.open(str(path)) as container:
         stream = container.streams.best("video")
         if stream is None:
             raise ValueError("no video stream")
+        if stream.codec_context is None:
+            raise ValueError("its codec is unknown")
         if stream.codec_context.width * stream.codec_context.height > 2 ** 27:          # beyond 16K; some codecs would allocate it
             raise ValueError(f"a claimed size of {stream.codec_context.width} x {stream.codec_context.height} pixels")
         packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
@@ -378,7 +388,7 @@ def sample_frames(path, num_frames, size, seconds=0.0):
         if shown is None:
             raise ValueError("no frame can be decoded")
         frames += [rgb(shown)] * (num_frames - len(frames))
-    except (OSError, ValueError, MemoryError) as error:                     # PyAV's errors are OSError or ValueError
+    except (av.FFmpegError, OSError, ValueError, MemoryError) as error:
         raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()          # (N, 3, size, size)
 
@@ -446,13 +456,14 @@ def interactions(model, query, frames):
 def draw_interactions(rows, side=96):
     """rows of (title, words, frames (N, 3, S, S), before (W, N), after (W, N)) -> PIL image.
 
-    For each row a strip of frames; above a frame the words that pick it before, below it those that do after.
+    For each row a strip of frames; above a frame the words that pick it before, below it those that do after, with
+    their similarities.
     """
     line, left, font = 18, 70, ImageFont.load_default(14)
     layout = []
     for _, words, frames, before, after in rows:
-        columns = [[[word for word, n in zip(words, sim.argmax(1).tolist()) if n == k] for k in range(len(frames))]
-                   for sim in (before, after)]
+        columns = [[[f"{word[:10]} {x:.2f}" for word, n, x in zip(words, sim.argmax(1).tolist(), sim.amax(1).tolist()) if n == k]
+                    for k in range(len(frames))] for sim in (before, after)]
         layout.append((columns, [max(map(len, column)) * line for column in columns]))
     width = left + max((len(row[2]) for row in rows)) * side
     image = Image.new("RGB", (width, sum(sum(heights) + side + 60 for _, heights in layout)), "white")
@@ -468,6 +479,288 @@ def draw_interactions(rows, side=96):
             draw.text((8, at), name, color, font)
             for k, words in enumerate(column):
                 for j, word in enumerate(words if step > 0 else words[::-1]):
-                    draw.text((left + k * side + side // 2, at + j * step), word[:14], color, font, anchor="ma")
+                    draw.text((left + k * side + side // 2, at + j * step), word, color, font, anchor="ma")
         y = top + side + heights[1] + 24
     return image
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Search your own videos: exact, from arrays on a disk
+
+VIDEO_ENDINGS = {".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".3gp", ".flv", ".wmv", ".ts"}
+
+
+def as_multivector(x, y):
+    """The two-level score as one MaxSim, for any late-interaction engine: F, V of videos, or Q and Q again of queries.
+
+    x (..., N, d), y (..., K, d), unit vectors -> (..., N + K, d + 2), unit vectors. Two coordinates are appended, (a, 0) to
+    frame vectors and to one copy of the query, (0, a) to temporal vectors and to the other; all is divided by
+    sqrt(1 + a^2). With a^2 = 2 a match of one kind is (2 + cos) / 3 >= 1/3 >= cos / 3, a match of two kinds: so a copy only
+    ever matches its own kind, and MMS_FV = 3 / M MaxSim - 4. Leave out query vectors whose mask is False.
+    """
+    a, zero = 2 ** 0.5, 0.0
+    x, y = (torch.cat([v, v.new_tensor(kind).expand(*v.shape[:-1], 2)], -1) for v, kind in ((x, (a, zero)), (y, (zero, a))))
+    return torch.cat([x, y], -2) / 3 ** 0.5
+
+
+def fingerprint(model):
+    """A hash of a model's weights and of what else decides its vectors."""
+    settings = {k: v for k, v in vars(model.config).items() if k in {f.name for f in fields(Config)} - {"pretrained"}}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, p in sorted(model.state_dict().items()):
+        digest.update(name.encode() + p.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_clips(num_frames, size, paths):
+    """[path] -> [(path, frames, seconds) or (path, None, what is wrong)]; a function of the file, for workers to run."""
+    clips = []
+    for path in paths:
+        try:
+            frames = sample_frames(path, num_frames, size)
+            times, end, tick, _ = frame_times(path)
+            clips.append((path, frames, (end - times[0]) * tick))
+        except (av.FFmpegError, OSError, ValueError) as error:
+            clips.append((path, None, str(error)))
+    return clips
+
+
+class VideoIndex:
+    """F and V of many videos in a folder: index.json, and an array of fp16 (B, N + N + E, d), memory-mapped.
+
+    videos: [[path below root, size, mtime_ns, seconds]], row i of the array is videos[i]. Grows at its end, and index.json
+    is replaced after the array has it, so whatever kills a build leaves an index.
+    """
+
+    def __init__(self, folder, meta, device="cpu"):
+        self.folder, self.meta, self.videos, self.model = Path(folder), meta, meta["videos"], None
+        shape = len(self.videos), 2 * meta["num_frames"] + meta["visual_expansion"], meta["width"]
+        self.vectors = torch.empty(shape, dtype=torch.float16)
+        if len(self.videos):
+            self.vectors = torch.from_file(str(self.folder / meta["vectors"]), False, shape[0] * shape[1] * shape[2], dtype=torch.float16).view(shape)
+        self.vectors = self.vectors.to(device)
+
+    @classmethod
+    def load(cls, folder, device="cpu"):
+        """Open an index; on a GPU it is copied there. Raises ValueError for what is none, and for a truncated one."""
+        try:
+            meta = json.loads((Path(folder) / "index.json").read_text())
+            need = 2 * len(meta["videos"]) * (2 * meta["num_frames"] + meta["visual_expansion"]) * meta["width"]
+            have = (Path(folder) / meta["vectors"]).stat().st_size
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder} is not a whole index: {getattr(error, 'strerror', None) or error}") from None
+        if have < need:
+            raise ValueError(f"{folder} is not a whole index: {meta['vectors']} has {have} of {need} bytes; remove the folder and index again")
+        return cls(folder, meta, device)
+
+    def write_meta(self):
+        part = self.folder / "index.json.part"
+        with open(part, "w") as file:
+            json.dump(self.meta, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, self.folder / "index.json")
+
+    @classmethod
+    def build(cls, root, model, folder, name="", batch_size=16, workers=0):
+        """Index every video below root -> index, [what was wrong with each unreadable file].
+
+        An index that is there is brought up to date: new and changed files are encoded, deleted ones dropped. One of
+        another model or another root is a ValueError. `name` is where search finds the model again.
+        """
+        root, folder = Path(os.path.abspath(root)), Path(folder)
+        if not root.is_dir():
+            raise ValueError(f"no folder {root}")
+        found = {}                                                          # path below root: size, mtime
+        for where, folders, files in os.walk(root, followlinks=True):
+            folders.sort()
+            for file in sorted(files):
+                if os.path.splitext(file)[1].lower() in VIDEO_ENDINGS and os.path.exists(path := os.path.join(where, file)):
+                    found[os.path.relpath(path, root)] = [os.stat(path).st_size, os.stat(path).st_mtime_ns]
+        c, d = model.config, model.frame_positions.shape[1]
+        if c.interaction != "mms":
+            raise ValueError(f"an index holds token-wise vectors; a model of --interaction {c.interaction} has none")
+        meta = dict(root=str(root), model=str(name), fingerprint=fingerprint(model), num_frames=c.num_frames,
+                    visual_expansion=c.visual_expansion, width=d, vectors="vectors-0.f16", videos=[])
+        if (folder / "index.json").exists():
+            old = cls.load(folder)
+            for key in ("root", "fingerprint"):
+                if old.meta[key] != meta[key]:
+                    raise ValueError(f"{folder} is an index of {old.meta['root']} by {old.meta['model'] or 'another model'}, "
+                                     f"not of {root} by {name or 'this one'}: name a new folder")
+            keep = [i for i, (path, *stat, _) in enumerate(old.videos) if found.get(path) == stat]
+            meta.update(model=old.meta["model"] if not name else str(name), vectors=old.meta["vectors"], videos=[old.videos[i] for i in keep])
+            if len(keep) < len(old.videos):                                 # leave the dropped rows behind, in a new file
+                meta["vectors"] = f"vectors-{int(re.findall(r'[0-9]+', old.meta['vectors'])[0]) + 1}.f16"
+                with open(folder / meta["vectors"], "wb") as file:
+                    for i in range(0, len(keep), 1024):
+                        file.write(old.vectors[keep[i:i + 1024]].numpy().tobytes())
+        folder.mkdir(parents=True, exist_ok=True)
+        row = 2 * (2 * c.num_frames + c.visual_expansion) * d               # bytes a video
+        (folder / meta["vectors"]).touch()
+        os.truncate(folder / meta["vectors"], len(meta["videos"]) * row)    # an interrupted build may have been further
+        cls(folder, meta).write_meta()
+        for stale in folder.glob("vectors-*.f16"):
+            if stale.name != meta["vectors"]:
+                stale.unlink()
+
+        known, broken, due = {path for path, *_ in meta["videos"]}, [], time.monotonic() + 1
+        todo = [path for path in found if path not in known]
+        loader = DataLoader([str(root / path) for path in todo], batch_size, num_workers=workers,
+                            collate_fn=partial(read_clips, c.num_frames, model.image_size))
+        with open(folder / meta["vectors"], "ab") as file, tqdm(total=len(todo), desc="indexing", unit="video") as bar, torch.no_grad():
+            for clips in loader:
+                broken += [wrong for _, frames, wrong in clips if frames is None]
+                good = [clip for clip in clips if clip[1] is not None]
+                if good:
+                    frames = torch.stack([frames for _, frames, _ in good]).to(model.mean.device)
+                    with torch.autocast(frames.device.type, torch.bfloat16, enabled=frames.is_cuda):
+                        F, V = model.encode_video(frames)
+                    file.write(torch.cat([F, V], 1).half().cpu().numpy().tobytes())
+                    for path, _, length in good:
+                        path = os.path.relpath(path, root)
+                        meta["videos"].append([path, *found[path], round(length, 3)])
+                if (start := time.monotonic()) > due:                       # a long list is written less often
+                    file.flush()
+                    os.fsync(file.fileno())
+                    cls(folder, meta).write_meta()
+                    due = time.monotonic() + 1 + 20 * (time.monotonic() - start)
+                bar.update(len(clips))
+        index = cls(folder, meta)
+        index.write_meta()
+        return index, broken
+
+    @torch.no_grad()
+    def scores(self, Q, mask):
+        """Q (A, M, d), mask (A, M) -> MMS_F, MMS_V (A, B), exact for the vectors as they are stored."""
+        N, parts = self.meta["num_frames"], []
+        for x in self.vectors.split(1024):                                  # fp16 becomes float32 a chunk at a time
+            x = x.float()
+            parts.append((mean_max_sim(Q, x[:, :N], mask), mean_max_sim(Q, x[:, N:], mask)))
+        return tuple(torch.cat(level, 1) for level in zip(*parts)) if parts else (Q.new_zeros(len(Q), 0),) * 2
+
+    @torch.no_grad()
+    def search(self, model, queries, k=10):
+        """[A str] -> for each query its k best videos, dicts of path, score, F, V, and start, end of its best frame in seconds.
+
+        The best frame is the one nearest to the query's tokens in the mean, over both levels. Raises ValueError for another
+        model than the index's, and where k is more than it holds.
+        """
+        if model is not self.model and fingerprint(model) != self.meta["fingerprint"]:
+            raise ValueError(f"{self.folder} was made by another model ({self.meta['model'] or 'unnamed'})")
+        self.model = model                                                  # reading all weights once is enough
+        if not 1 <= k <= len(self.videos):
+            raise ValueError(f"k must be 1 to {len(self.videos)}, the videos of {self.folder}, not {k}")
+        ids, mask = (x.to(self.vectors.device) for x in model.tokenize(queries))
+        Q = model.encode_query(ids.to(model.mean.device), mask.to(model.mean.device)).to(self.vectors.device)
+        F, V = self.scores(Q, mask)
+        best, N = (F + V).topk(k), self.meta["num_frames"]
+        hits = []
+        for q, rows, F, V in zip(Q, best.indices, F, V):
+            near = self.vectors[rows].float() @ q.sum(0)                    # (k, N + N + E), masked tokens are 0
+            n = (near[:, :N] + near[:, N:2 * N]).argmax(1).tolist()         # (k,)
+            hits.append([dict(path=os.path.join(self.meta["root"], self.videos[i][0]), score=(F[i] + V[i]).item(), F=F[i].item(), V=V[i].item(),
+                              start=round(f / N * self.videos[i][3], 2), end=round((f + 1) / N * self.videos[i][3], 2), frame=f)
+                         for i, f in zip(rows.tolist(), n)])
+        return hits
+
+    def to_lancedb(self, uri, table="videos"):
+        """Write a LanceDB table (a folder or object storage) of path, seconds and vector, as_multivector's form -> table."""
+        import lancedb                                                      # only whoever asks for it needs it
+        import pyarrow
+        N, vector = self.meta["num_frames"], pyarrow.list_(pyarrow.list_(pyarrow.float32(), self.meta["width"] + 2))
+        schema = pyarrow.schema([("path", pyarrow.string()), ("seconds", pyarrow.float64()), ("vector", vector)])
+
+        def batches():
+            for i in range(0, len(self.videos), 256):
+                x, videos = self.vectors[i:i + 256].float(), self.videos[i:i + 256]
+                rows = as_multivector(x[:, :N], x[:, N:]).cpu().numpy()
+                yield pyarrow.RecordBatch.from_pydict({"path": [v[0] for v in videos], "seconds": [v[3] for v in videos],
+                                                       "vector": [list(row) for row in rows]}, schema)
+        return lancedb.connect(uri).create_table(table, batches(), schema=schema)
+
+
+def draw_hits(query, hits, num_frames, side=96):
+    """A contact sheet -> PIL image: for each hit a strip of at most 12 frames, the query's best one framed."""
+    step = -(-num_frames // 12)
+    image = Image.new("RGB", (max(500, -(-num_frames // step) * side + 16), 40 + len(hits) * (side + 34)), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
+    draw.text((8, 8), query, "black", ImageFont.load_default(18))
+    for rank, hit in enumerate(hits):
+        y, frames = 40 + rank * (side + 34), sample_frames(hit["path"], num_frames, side - 8)
+        draw.text((8, y), f"{rank + 1}   {hit['score']:.3f}   {hit['path']}   {hit['start']:.1f} to {hit['end']:.1f} s", "black", font)
+        for column, n in enumerate(range(hit["frame"] % step, num_frames, step)):
+            if n == hit["frame"]:
+                draw.rectangle((8 + column * side, y + 20, 8 + (column + 1) * side - 1, y + 20 + side - 1), "#c4161c")
+            image.paste(Image.fromarray(frames[n].permute(1, 2, 0).numpy()), (12 + column * side, y + 24))
+    return image
+
+
+def open_model(name, device):
+    """A run's folder, or an open_clip name for a model that was never trained on video -> model on the device."""
+    torch.manual_seed(0)                                                    # its new parts are the same each time
+    model = VideoColBERT.load(name) if Path(name).is_dir() else VideoColBERT(Config(backbone=name))
+    return model.to(device).eval()
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Index videos, search them, see why one was found.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("index", help="index every video below a folder, or bring an index up to date")
+    one.add_argument("folder")
+    one.add_argument("--out", required=True, help="the index's folder")
+    two = commands.add_parser("search", help="find videos by a sentence")
+    two.add_argument("index")
+    two.add_argument("query")
+    two.add_argument("-k", type=int, default=5, help="number of hits [5]")
+    two.add_argument("--sheet", help="draw the hits into this picture")
+    two.add_argument("--json", action="store_true", help="print the hits as JSON")
+    three = commands.add_parser("explain", help="draw which frame each word picks in a video, before and after the temporal transformer")
+    three.add_argument("query")
+    three.add_argument("video")
+    three.add_argument("--out", default="explain.png", help="the picture [explain.png]")
+    for command in (one, two, three):
+        command.add_argument("--model", required=command is not two, help="a run's folder, or an open_clip name for zero-shot")
+        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    a = parser.parse_args(argv)
+    if a.command == "index":
+        index, broken = VideoIndex.build(a.folder, open_model(a.model, a.device), a.out, name=os.path.abspath(a.model) if Path(a.model).is_dir() else a.model,
+                                         workers=os.cpu_count())
+        print("\n".join([*(f"skipped: {line}" for line in broken), f"{len(index.videos)} videos in {a.out}"]))
+    elif a.command == "search":
+        index = VideoIndex.load(a.index, a.device)
+        model = open_model(a.model or index.meta["model"], a.device)
+        hits, = index.search(model, [a.query], a.k)
+        if a.sheet:
+            draw_hits(a.query, hits, index.meta["num_frames"]).save(a.sheet)
+        lines = [f"{rank}  {h['score']:.3f} (F {h['F']:.3f}, V {h['V']:.3f})  {h['path']}  {h['start']:.1f} to {h['end']:.1f} s" for rank, h in enumerate(hits, 1)]
+        print(json.dumps(hits) if a.json else "\n".join(lines))
+    else:
+        model = open_model(a.model, a.device)
+        frames = sample_frames(a.video, model.config.num_frames, model.image_size)
+        words, before, after = (x if isinstance(x, list) else x.cpu() for x in interactions(model, a.query, frames))
+        if not words:
+            raise ValueError(f"no words in {a.query!r}")
+        for word, b, v in zip(words, before, after):
+            print(f"{word:20} before: frame {b.argmax() + 1}, {b.max():.3f}   after: frame {v.argmax() + 1}, {v.max():.3f}")
+        draw_interactions([(f"{a.query}   ({Path(a.video).name})", words, frames, before, after)]).save(a.out)
+        print(a.out)
+
+
+def run_main(main, name):
+    """Bad input and a full disk are one line and code 2, being stopped is 130."""
+    def stopped(number, frame):
+        raise KeyboardInterrupt("stopped")
+    signal.signal(signal.SIGTERM, stopped)
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as error:
+        print(f"{name}: {error or 'stopped'}", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run_main(main, "video_colbert.py")
