@@ -52,7 +52,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from video_colbert import (VIDEO_ENDINGS, Config, VideoColBERT, VideoIndex, draw_interactions, frame_times, interactions, mean_max_sim,
-                           reciprocal_rank_fusion, retrieval_metrics, run_main, sample_frames, video_to_text)
+                           reciprocal_rank_fusion, retrieval_metrics, run_main, sample_frames, video_files, video_to_text)
 
 try:
     import fcntl
@@ -315,19 +315,19 @@ def text(value):
 def videos_below(root):
     """The function from a video's id, with or without an ending, to its path. Copies often changed their ending."""
     names, stems = {}, {}
-    for folder, folders, files in os.walk(root, followlinks=True):
-        folders.sort()
-        for name in sorted(files):
-            if os.path.splitext(name)[1].lower() in VIDEO_ENDINGS:
-                names.setdefault(name, Path(folder, name))
-                stems.setdefault(os.path.splitext(name)[0], Path(folder, name))
+    for file in map(Path, video_files(root)):
+        names.setdefault(file.name, file)
+        stems.setdefault(file.stem, file)
     if not names:
         raise Missing(f"no videos in {root}")
 
     def path(*ids):
-        stem = lambda name: os.path.splitext(name)[0] if os.path.splitext(name)[1].lower() in VIDEO_ENDINGS else name
-        found = [table[key] for v in ids for table, key in ((names, v), (stems, v), (stems, stem(v))) if key in table]
-        return found[0] if found else Path(root, ids[0] if stem(ids[0]) != ids[0] else f"{ids[0]}.mp4")     # named when it is read
+        for v in ids:
+            stem, ending = os.path.splitext(v)
+            for table, key in ((names, v), (stems, v), (stems, stem if ending.lower() in VIDEO_ENDINGS else v)):
+                if key in table:
+                    return table[key]
+        return Path(root, ids[0] if ending.lower() in VIDEO_ENDINGS else f"{ids[0]}.mp4")           # named when it is read
     return path
 
 
@@ -337,8 +337,12 @@ def check(split, source):
     for path, captions in split:
         if not isinstance(captions, list) or not captions or not all(isinstance(c, str) and c.strip() for c in captions):
             raise ValueError(f"{source}: {path.name} has no captions, or an empty one")
-        if any("\ud800" <= letter <= "\udfff" for c in captions for letter in c) or "\0" in str(path):
-            raise ValueError(f"{source}: {path.name!r} or a caption of it is not valid Unicode text")
+        try:
+            "".join([*captions, path.name]).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{source}: {path.name!r} or a caption of it is not valid Unicode text") from None
+        if "\0" in path.name:
+            raise ValueError(f"{source}: {path.name!r} is not a name that a file can have")
         if path in seen:
             raise ValueError(f"{source}: {path.name} is there twice")
         seen.add(path)
@@ -634,11 +638,13 @@ def cached_frames(path, num_frames, size, seconds, cache):
         if head == header(pixels):
             return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(num_frames, 3, size, size)
     frames = sample_frames(path, num_frames, size, seconds)
-    part = file.with_suffix(f".{os.getpid()}.part")
+    part = file.with_suffix(".part")                                        # what a kill leaves is written over
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(header(frames.numpy()) + b"\n" + frames.numpy().tobytes())
         os.replace(part, file)                                              # whole or not at all
+    except FileNotFoundError:                                               # another process was first; the checksum guards both
+        pass
     except OSError as error:
         raise ValueError(f"--cache {cache}: {error.strerror}") from None
     return frames
@@ -1096,13 +1102,14 @@ def runs_of(argv, flags, seeds, device):
         s = dataclasses.replace(s, seed=s.seed + k, out="", table=0, figure=0, seeds=1)
         found = gather_lists([str(find_run(s) or "") if RANK == 0 else ""])[0]
         out.append(run(dataclasses.replace(s, resume=found), device))
+        gather_lists([])                                                    # the others wait until the first has written it all
     return out
 
 
 def trained_table(number, argv, s, device):
     """Tables 3, 4, 5, 7, 8, 12, and 0, the scores of one setting over several seeds -> Markdown."""
     title, rows = TABLES[number]
-    shown, records, paper = [], [], s.data == "msrvtt" and s.backbone in PAPER
+    shown, records, paper = [], [], s.data == "msrvtt"
     for name, flags, score, numbers in rows:
         if flags[:2] == SIGLIP and s.backbone not in PAPER:                 # beside a toy it would say nothing
             continue
@@ -1289,6 +1296,8 @@ def bench_step(s, model, device):
             loss = model(ids, mask, frames, positives)[0]
         loss.backward()
     flops = counter.get_total_flops()
+    if s.compile:
+        compile_encoders(model)
     peak = extra_megabytes(device, step)
     image, text, video, loss, update, whole = seconds(
         device, lambda: backward(lambda: model.clip.visual(images)), lambda: backward(lambda: model.encode_query(ids, mask)),
@@ -1381,10 +1390,9 @@ def cost_table(s, device):
 def bench(s, device):
     """The project's benchmark -> text."""
     model = untrained(s, device)
-    if s.compile:
-        compile_encoders(model)
+    step = bench_step(s, model, device)
     B, costs = bench_search(s, model, device)
-    return "\n".join([hardware(device), *bench_scores(device), *bench_clips(s, model.image_size), *bench_step(s, model.train(), device),
+    return "\n".join([hardware(device), *bench_scores(device), *bench_clips(s, model.image_size), *step,
                       f"as the paper's Table 11: indexing (ms a video, {B} at a time), query latency (ms, 1000 videos)",
                       *(f"  {name:8}{index:8.2f}{query:8.2f}" for name, (index, query) in costs.items()), *bench_index(device)])
 

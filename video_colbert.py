@@ -459,7 +459,7 @@ def draw_interactions(rows, side=96):
     For each row a strip of frames; above a frame the words that pick it before, below it those that do after, with
     their similarities.
     """
-    line, left, font = 18, 70, ImageFont.load_default(14)
+    line, left, font = 18, 70, ImageFont.load_default(12)
     layout = []
     for _, words, frames, before, after in rows:
         columns = [[[f"{word[:10]} {x:.2f}" for word, n, x in zip(words, sim.argmax(1).tolist(), sim.amax(1).tolist()) if n == k]
@@ -498,18 +498,31 @@ def as_multivector(x, y):
     sqrt(1 + a^2). With a^2 = 2 a match of one kind is (2 + cos) / 3 >= 1/3 >= cos / 3, a match of two kinds: so a copy only
     ever matches its own kind, and MMS_FV = 3 / M MaxSim - 4. Leave out query vectors whose mask is False.
     """
-    a, zero = 2 ** 0.5, 0.0
-    x, y = (torch.cat([v, v.new_tensor(kind).expand(*v.shape[:-1], 2)], -1) for v, kind in ((x, (a, zero)), (y, (zero, a))))
+    a = 2 ** 0.5
+    x = torch.cat([x, x.new_tensor([a, 0]).expand(*x.shape[:-1], 2)], -1)   # (..., N, d + 2)
+    y = torch.cat([y, y.new_tensor([0, a]).expand(*y.shape[:-1], 2)], -1)   # (..., K, d + 2)
     return torch.cat([x, y], -2) / 3 ** 0.5
 
 
 def fingerprint(model):
     """A hash of a model's weights and of what else decides its vectors."""
-    settings = {k: v for k, v in vars(model.config).items() if k in {f.name for f in fields(Config)} - {"pretrained"}}
+    settings = {f.name: getattr(model.config, f.name) for f in fields(Config) if f.name != "pretrained"}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, p in sorted(model.state_dict().items()):
         digest.update(name.encode() + p.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def video_files(root):
+    """The path of every video file below root, by its ending, links followed, in order."""
+    seen = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        folders.sort()
+        if os.path.realpath(folder) in seen:                                # a link to where we have been
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        yield from (os.path.join(folder, file) for file in sorted(files) if os.path.splitext(file)[1].lower() in VIDEO_ENDINGS)
 
 
 def read_clips(num_frames, size, paths):
@@ -571,12 +584,12 @@ class VideoIndex:
         root, folder = Path(os.path.abspath(root)), Path(folder)
         if not root.is_dir():
             raise ValueError(f"no folder {root}")
-        found = {}                                                          # path below root: size, mtime
-        for where, folders, files in os.walk(root, followlinks=True):
-            folders.sort()
-            for file in sorted(files):
-                if os.path.splitext(file)[1].lower() in VIDEO_ENDINGS and os.path.exists(path := os.path.join(where, file)):
-                    found[os.path.relpath(path, root)] = [os.stat(path).st_size, os.stat(path).st_mtime_ns]
+        found, broken = {}, []                                              # path below root: size, mtime
+        for path in video_files(root):
+            try:
+                found[os.path.relpath(path, root)] = [(stat := os.stat(path)).st_size, stat.st_mtime_ns]
+            except OSError as error:                                        # a link to nowhere
+                broken.append(f"{path}: {error.strerror}")
         c, d = model.config, model.frame_positions.shape[1]
         if c.interaction != "mms":
             raise ValueError(f"an index holds token-wise vectors; a model of --interaction {c.interaction} has none")
@@ -604,7 +617,7 @@ class VideoIndex:
             if stale.name != meta["vectors"]:
                 stale.unlink()
 
-        known, broken, due = {path for path, *_ in meta["videos"]}, [], time.monotonic() + 1
+        known, due = {path for path, *_ in meta["videos"]}, time.monotonic() + 1
         todo = [path for path in found if path not in known]
         loader = DataLoader([str(root / path) for path in todo], batch_size, num_workers=workers,
                             collate_fn=partial(read_clips, c.num_frames, model.image_size))
