@@ -1428,7 +1428,8 @@ def test_shares_are_a_list_taken_apart_in_order(world, monkeypatch):
     assert sum(parts, []) == list(range(11)) and max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def test_the_benchmark_measures_every_part_without_weights(monkeypatch, capsys):
+def test_the_benchmark_measures_every_part_without_weights(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     index = train.bench_index
     monkeypatch.setattr(train, "bench_index", lambda device: index(device, videos=2000, d=64))
     monkeypatch.setattr(train, "seconds", functools.partial(train.seconds, repeat=1))
@@ -1437,6 +1438,8 @@ def test_the_benchmark_measures_every_part_without_weights(monkeypatch, capsys):
     for part in ("mean_max_sim", "decode", "cache", "image encoder", "temporal layers", "text encoder", "loss", "optimiser",
                  "whole step", "pairs/s", "TFLOP/s", "MB", "MMS_F ", "MMS_V ", "MMS_FV", "JPEG", "an index of 2000 videos", "times one plain product"):
         assert part in out, part
+    train.main(["--table", "11", "--backbone", "tiny", "--num-frames", "2", "--device", "cpu"])
+    assert re.search(r"\| MMS_FV \| [\d.]+ \| [\d.]+ \| 9.64 / 11.2 \|", (tmp_path / "runs/table-11-msrvtt.md").read_text())
 
 
 def test_a_missing_test_video_stops_the_evaluation_unless_allowed(tmp_path):
@@ -1504,8 +1507,8 @@ def killed(monkeypatch, flags, where, step, resume=False):
             train.main(flags)
 
 
-@pytest.mark.parametrize("where, step", [*(("training_step", k) for k in range(4)), ("save_checkpoint", 1), ("evaluate", 0), ("draw_examples", 0)])
-@pytest.mark.parametrize("every", ["1", "500"])
+@pytest.mark.parametrize("where, step, every", [("training_step", 0, "500"), ("training_step", 1, "1"), ("training_step", 2, "500"), ("training_step", 3, "1"),
+                                                ("training_step", 3, "500"), ("save_checkpoint", 1, "500"), ("evaluate", 0, "1"), ("draw_examples", 0, "500")])
 def test_a_killed_run_is_resumed_to_the_same_bytes(tmp_path, monkeypatch, whole, where, step, every):
     """Killed in any of its steps, in a checkpoint, in the evaluation, with a checkpoint a step or one an epoch; then once more."""
     folder, flags = whole

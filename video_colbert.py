@@ -343,8 +343,6 @@ def frame_times(path):
             raise ValueError("no video stream")
         if stream.codec_context is None:
             raise ValueError("its codec is unknown")
-        if stream.codec_context.width * stream.codec_context.height > 2 ** 27:          # beyond 16K; some codecs would allocate it
-            raise ValueError(f"a claimed size of {stream.codec_context.width} x {stream.codec_context.height} pixels")
         packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
         times, rate = sorted(p.pts for p in packets if p.pts is not None), stream.average_rate or 25
         if 0 < len(times) == len(packets):
@@ -701,7 +699,7 @@ def draw_hits(query, hits, num_frames, side=96):
     draw.text((8, 8), query, "black", ImageFont.load_default(18))
     for rank, hit in enumerate(hits):
         y, frames = 40 + rank * (side + 34), sample_frames(hit["path"], num_frames, side - 8)
-        draw.text((8, y), f"{rank + 1}   {hit['score']:.3f}   {hit['path']}   {hit['start']:.1f} to {hit['end']:.1f} s", "black", font)
+        draw.text((8, y), f"{rank + 1}   {hit['score']:.3f}   {Path(hit['path']).name}   {hit['start']:.1f} to {hit['end']:.1f} s", "black", font)
         for column, n in enumerate(range(hit["frame"] % step, num_frames, step)):
             if n == hit["frame"]:
                 draw.rectangle((8 + column * side, y + 20, 8 + (column + 1) * side - 1, y + 20 + side - 1), "#c4161c")
