@@ -1430,7 +1430,8 @@ def test_shares_are_a_list_taken_apart_in_order(world, monkeypatch):
 
 def test_the_benchmark_measures_every_part_without_weights(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    index = train.bench_index
+    index, scores = train.bench_index, train.bench_scores
+    monkeypatch.setattr(train, "bench_scores", lambda device: scores(device, 50, 50))
     monkeypatch.setattr(train, "bench_index", lambda device: index(device, videos=2000, d=64))
     monkeypatch.setattr(train, "seconds", functools.partial(train.seconds, repeat=1))
     train.main(["--bench", "--backbone", "tiny", "--root", "nowhere", "--batch-size", "2", "--num-frames", "2", "--device", "cpu"])
