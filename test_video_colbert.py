@@ -1605,12 +1605,14 @@ def test_a_full_disk_at_a_checkpoint_is_one_line_and_leaves_the_one_before(tmp_p
     assert contents(tmp_path / "out") == contents(folder / "whole")
 
 
-def test_a_loss_that_is_not_finite_stops_with_step_videos_and_checkpoint(tmp_path, monkeypatch, whole):
+@pytest.mark.parametrize("spoilt", [0, 3])
+def test_a_loss_or_gradient_that_is_not_finite_stops_with_step_videos_and_checkpoint(tmp_path, monkeypatch, whole, spoilt):
     """And no checkpoint is written that it has spoilt."""
     folder, flags = whole
     calls, step = itertools.count(), train.training_step
-    monkeypatch.setattr(train, "training_step", lambda *args: step(*args) * (math.nan if next(calls) == 2 else 1))
-    with pytest.raises(ValueError, match=r"the loss of step 2 is nan; last good checkpoint: .*step-00000002.pt; videos of that step: video\d.mp4") as error:
+    spoil = torch.ones(4).index_fill(0, torch.tensor(spoilt), math.nan)
+    monkeypatch.setattr(train, "training_step", lambda *args: step(*args) * (spoil if next(calls) == 2 else 1))
+    with pytest.raises(ValueError, match=r"the loss of step 2 is .*nan; last good checkpoint: .*step-00000002.pt; videos of that step: video\d.mp4") as error:
         train.main([*flags, "--out", str(tmp_path / "out")])
     assert "\n" not in str(error.value) and len(list((tmp_path / "out/checkpoints").iterdir())) == 1
 

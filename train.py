@@ -798,7 +798,7 @@ def epoch_items(videos, s, epoch):
 
 
 def training_step(model, optimizer, s, ids, mask, frames, positives, sizes):
-    """One step on this process's part of a batch -> loss and the true pairs' mean MMS_F and MMS_V, (3,) on the device.
+    """One step on this process's part of a batch -> loss, the true pairs' mean MMS_F and MMS_V, gradient norm, (4,) on the device.
 
     `positives` (A, B) is the whole batch's; `sizes` holds the number of queries of every process.
     """
@@ -809,17 +809,17 @@ def training_step(model, optimizer, s, ids, mask, frames, positives, sizes):
                                     gather_features(V, videos), positives)
     loss.backward()
     sum_gradients(model)
-    torch.nn.utils.clip_grad_norm_(model.parameters(), s.max_grad_norm)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
     weights = positives / positives.sum()                                   # indexing by a mask would wait for the device
-    return torch.stack([loss.detach(), (sim_F.detach() * weights).sum(), (sim_V.detach() * weights).sum()])
+    return torch.stack([loss.detach(), (sim_F.detach() * weights).sum(), (sim_V.detach() * weights).sum(), norm])
 
 
 def train(model, videos, s, device, out):
     """Train `model` in place, from the last checkpoint in `out` on if it holds one; a line a step goes to out/log.jsonl.
 
-    SIGTERM and Ctrl-C write a checkpoint and raise KeyboardInterrupt. A loss that is not finite raises ValueError.
+    SIGTERM and Ctrl-C write a checkpoint and raise KeyboardInterrupt. A loss or gradient that is not finite raises ValueError.
     """
     per_epoch, cuda, first, size = check_batches(videos, s), device.type == "cuda", 0, 0
     steps, optimizer, checkpoints = s.epochs * per_epoch, make_optimizer(model, s), out / "checkpoints"
@@ -842,12 +842,12 @@ def train(model, videos, s, device, out):
         step, lr, batch, numbers, arrived = pending.popleft()
         if arrived:
             arrived.synchronize()
-        loss, F, V = numbers.tolist()
-        if not math.isfinite(loss):
+        loss, F, V, norm = numbers.tolist()
+        if not math.isfinite(loss + norm):                                  # a bad gradient would spoil the next checkpoint
             names = ", ".join(videos[v][0].name for v, _ in batch)
-            raise ValueError(f"the loss of step {step} is {loss}; last good checkpoint: {max(checkpoints.glob('step-*.pt'), default='none')}; "
+            raise ValueError(f"the loss of step {step} is {loss}, its gradient's norm {norm}; last good checkpoint: {max(checkpoints.glob('step-*.pt'), default='none')}; "
                              f"videos of that step: {names}")
-        log.write(json.dumps(dict(step=step, epoch=step // per_epoch, loss=loss, MMS_F=F, MMS_V=V, lr=lr)) + "\n")
+        log.write(json.dumps(dict(step=step, epoch=step // per_epoch, loss=loss, MMS_F=F, MMS_V=V, grad_norm=norm, lr=lr)) + "\n")
         bar.set_postfix(loss=f"{loss:.3f}", MMS_F=f"{F:.3f}", MMS_V=f"{V:.3f}", lr=f"{lr['pretrained']:.1e}/{lr['new']:.1e}", refresh=False)
 
     before = {number: signal.signal(number, lambda number, _: signals.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
