@@ -1077,7 +1077,7 @@ def test_a_manifest_of_ones_own_videos(tmp_path):
     ('{"video": "../a.mp4", "captions": ["a"], "split": "train"}', "line 3: '../a.mp4' leaves"),
     ('{"video": "x/../../a.mp4", "captions": ["a"], "split": "train"}', "line 3: 'x/../../a.mp4' leaves"),
     ('{"video": "/etc/a.mp4", "captions": ["a"], "split": "train"}', "line 3: '/etc/a.mp4' leaves"),
-    ('{"video": "a.mp4", "captions": ["a"], "split": "trian"}', "line 3: no 'trian' or not train, val or test"),
+    ('{"video": "a.mp4", "captions": ["a"], "split": "trian"}', "line 3: split is 'trian', not train, val or test"),
     ('{"video": "a.mp4", "split": "train"}', "line 3: no 'captions'"), ('{"video": "a.mp4", ', "line 3: "), ("[]", "line 3: "), ("5", "line 3: "),
     ('{"video": "c.mp4", "captions": [], "split": "train"}', "line 3: c.mp4 has no captions, or an empty one"),
     ('{"video": "c.mp4", "captions": ["a", " "], "split": "train"}', "line 3: c.mp4 has no captions, or an empty one"),

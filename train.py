@@ -100,7 +100,8 @@ PRESETS = {                                                                 # th
     "shapes": dict(backbone="tiny", num_frames=6, num_tokens=12, epochs=45, batch_size=64, captions_per_video=2),
     "tiny": dict(lr_pretrained=1e-3, lr=2e-3, freeze=False, learn_scale=True, logit_scale=3.0, logit_bias=-10.0),
 }
-FREE = {"out", "cache", "device", "workers", "checkpoint_every", "resume", "download", "table", "figure", "seeds", "bench"}     # say nothing of the result
+# These say nothing of a run's result, and may differ when it is resumed or reused.
+FREE = {"out", "cache", "device", "workers", "checkpoint_every", "resume", "download", "table", "figure", "seeds", "bench"}
 
 
 def parse_settings(argv):
@@ -482,13 +483,17 @@ def load_manifest(file):
                 continue
             try:
                 clip = json.loads(line)
-                name, texts, split = clip["video"], clip["captions"], splits[clip["split"]]
-            except (ValueError, TypeError, KeyError, RecursionError) as error:
-                raise ValueError(f"line {number}: {f'no {error} or not train, val or test' if isinstance(error, KeyError) else error}") from None
+                name, texts, split = clip["video"], clip["captions"], clip["split"]
+                if split not in splits:
+                    raise ValueError(f"split is {split!r}, not train, val or test")
+            except KeyError as error:
+                raise ValueError(f"line {number}: no {error}") from None
+            except (ValueError, TypeError, RecursionError) as error:
+                raise ValueError(f"line {number}: {error}") from None
             if not isinstance(name, str) or os.path.isabs(name) or os.path.normpath(name).startswith(".."):
                 raise ValueError(f"line {number}: {name!r} leaves the file's folder; videos lie below it")
             check([(folder / name, texts)], f"line {number}")
-            split.append((folder / os.path.normpath(name), texts))
+            splits[split].append((folder / os.path.normpath(name), texts))
     read(file, parse)
     for split in ("train", "test"):
         check(splits[split], f"{file}, split {split!r}")
@@ -631,7 +636,8 @@ def cached_frames(path, num_frames, size, seconds, cache):
     file = Path(cache) / name[:2] / f"{name[2:]}.frames"
 
     def header(pixels):
-        return json.dumps([path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, num_frames, size, seconds, SAMPLER, zlib.crc32(pixels)]).encode()
+        return json.dumps([path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, num_frames, size, seconds, SAMPLER,
+                           zlib.crc32(pixels)]).encode()
 
     if file.exists():
         head, _, pixels = file.read_bytes().partition(b"\n")
@@ -712,7 +718,7 @@ def positive_pairs(videos, items):
     The same video twice in a batch is a positive, and so is a video that has the very same caption.
     """
     place = np.repeat(np.arange(len(items)), [len(chosen) for _, chosen in items])      # (A,), each caption's column
-    texts = np.unique([videos[v][1][c] for v, chosen in items for c in chosen], return_inverse=True)[1]         # (A,), alike: the same number
+    texts = np.unique([videos[v][1][c] for v, chosen in items for c in chosen], return_inverse=True)[1]     # (A,), a number each
     has = np.zeros((texts.max() + 1, len(items)), bool)                     # (texts, B)
     has[texts, place] = True
     same = np.array([v for v, _ in items])
@@ -766,7 +772,8 @@ def save_checkpoint(folder, state):
     except OSError as error:
         last = max(folder.glob("step-*.pt"), default="none")
         part.unlink(missing_ok=True)
-        raise ValueError(f"the checkpoint of step {state['step']} cannot be written ({error.strerror}); the last good one is {last}") from None
+        raise ValueError(f"the checkpoint of step {state['step']} cannot be written ({error.strerror}); "
+                         f"the last good one is {last}") from None
     for old in sorted(folder.glob("step-*.pt"))[:-2]:
         old.unlink()
 
@@ -832,7 +839,7 @@ def train(model, videos, s, device, out):
         torch.set_rng_state(state["rng"])
         first, size = state["step"], state["log"]
     model.train()
-    pending, signals = deque(), []                                          # steps whose numbers are on their way here; what came to stop us
+    pending, signals = deque(), []                                          # steps whose numbers are on their way; what came to stop us
     log = open(os.devnull if RANK else out / "log.jsonl", "a", buffering=1)             # a line is on disk when its step is over
     if RANK == 0:
         log.truncate(size)                                                  # what was done after the checkpoint is done again
@@ -845,8 +852,8 @@ def train(model, videos, s, device, out):
         loss, F, V, norm = numbers.tolist()
         if not math.isfinite(loss + norm):                                  # a bad gradient would spoil the next checkpoint
             names = ", ".join(videos[v][0].name for v, _ in batch)
-            raise ValueError(f"the loss of step {step} is {loss}, its gradient's norm {norm}; last good checkpoint: {max(checkpoints.glob('step-*.pt'), default='none')}; "
-                             f"videos of that step: {names}")
+            raise ValueError(f"the loss of step {step} is {loss}, its gradient's norm {norm}; last good checkpoint: "
+                             f"{max(checkpoints.glob('step-*.pt'), default='none')}; videos of that step: {names}")
         log.write(json.dumps(dict(step=step, epoch=step // per_epoch, loss=loss, MMS_F=F, MMS_V=V, grad_norm=norm, lr=lr)) + "\n")
         bar.set_postfix(loss=f"{loss:.3f}", MMS_F=f"{F:.3f}", MMS_V=f"{V:.3f}", lr=f"{lr['pretrained']:.1e}/{lr['new']:.1e}", refresh=False)
 
@@ -899,7 +906,8 @@ def evaluate(model, videos, s, device):
     """Every caption of the videos against every video -> {score: (A, B)}, target (A,), captions (A)."""
     model.eval()
     items = share([(v, range(len(captions))) for v, (_, captions) in enumerate(videos)])
-    loader = DataLoader(Clips(videos, items, s, model.image_size), 32, collate_fn=list, num_workers=s.workers if device.type == "cuda" else 0)
+    loader = DataLoader(Clips(videos, items, s, model.image_size), 32, collate_fn=list,
+                        num_workers=s.workers if device.type == "cuda" else 0)
     captions, target, encoded = [], [], []
     for clips in tqdm(loader, "evaluating", unit="batch", disable=RANK > 0):
         for index, chosen, frames in clips:
@@ -926,7 +934,8 @@ def results(sims, target, kinds):
         rows += [dict(queries=kind, number=int(chosen.sum()), score=score, **retrieval_metrics(sim[chosen], target[chosen]))
                  for score, sim in sims.items()]
     back = {score: video_to_text(sim, target) for score, sim in sims.items()}
-    return rows + [dict(queries="video to text", number=len(other[1]), score=score, **retrieval_metrics(*other)) for score, other in back.items()]
+    return rows + [dict(queries="video to text", number=len(other[1]), score=score, **retrieval_metrics(*other))
+                   for score, other in back.items()]
 
 
 def results_table(record):
@@ -944,7 +953,7 @@ def results_table(record):
 def draw_examples(model, videos, s, queries, number=4):
     """Figure 4 for a few queries, evenly spread over the test set. `queries` are the lines of queries.jsonl."""
     rows, path = [], {path.name: path for path, _ in videos}
-    for i in sorted({min(k * len(queries) // number + k, len(queries) - 1) for k in range(number)}):        # + k: of each kind of shapes' queries
+    for i in sorted({min(k * len(queries) // number + k, len(queries) - 1) for k in range(number)}):    # + k: both kinds of shapes' queries
         q = queries[i]
         frames = cached_frames(path[q["video"]], s.num_frames, model.image_size, s.clip_seconds, s.cache)
         words, before, after = interactions(model, q["query"], frames)
@@ -991,7 +1000,8 @@ def begin(s):
         out = Path(s.resume)
     else:
         name = Path(s.data).stem + ("-eval" if s.eval_only else "")
-        for out in [Path(s.out)] if s.out else (Path("runs", name + suffix) for suffix in itertools.chain([""], map("-{}".format, itertools.count(2)))):
+        free = (Path("runs", name + suffix) for suffix in itertools.chain([""], map("-{}".format, itertools.count(2))))
+        for out in [Path(s.out)] if s.out else free:
             try:
                 out.mkdir(parents=True)
                 break
@@ -1046,7 +1056,7 @@ def run(s, device):
 # The paper's tables and figures. A row is what would be typed for it.
 
 MAIN, SIGLIP = (48.1, 74.9, 83.9, .652), ["--backbone", "ViT-B-16-SigLIP"]
-TABLES = {                                                                  # number: title, [(row, flags, score, the paper's MSR-VTT numbers)]
+TABLES = {                                                                  # title, [(row, flags, score, the paper's on MSR-VTT)]
     0: ("One run's scores", [(score, [], score, None) for score in ("MMS_F", "MMS_V", "MMS_FV", "RRF")]),
     3: ("Table 3: interaction", [
         ("MP on frames", ["--interaction", "mp", "--lambda-video", "0"], "MP_F", (42.1, 69.6, 79.3, .601)),
@@ -1124,8 +1134,9 @@ def trained_table(number, argv, s, device):
     if paper and number:
         header.append("the paper's, MSR-VTT: R@1 / R@5 / R@10 / nDCG")
     made = sorted({f"{r['hardware']}, code {r['code']}" for r in records})
-    return (f"{title}. {s.data}, {s.backbone}, {records[0]['evaluation'][0]['number']} queries, {records[0]['gallery']} videos, {s.epochs} epochs, "
-            f"seeds {s.seed} to {s.seed + s.seeds - 1}{' (mean ± standard deviation)' if s.seeds > 1 else ''}; {'; '.join(made)}\n\n{markdown(header, shown)}")
+    seeds = f"seeds {s.seed} to {s.seed + s.seeds - 1} (mean ± standard deviation)" if s.seeds > 1 else f"seed {s.seed}"
+    return (f"{title}. {s.data}, {s.backbone}, {records[0]['evaluation'][0]['number']} queries, {records[0]['gallery']} videos, "
+            f"{s.epochs} epochs, {seeds}; {'; '.join(made)}\n\n{markdown(header, shown)}")
 
 
 def runs_table(number):
@@ -1136,13 +1147,13 @@ def runs_table(number):
         backbones = dict.fromkeys([*PAPER, *(s["backbone"] for _, s, record in runs if record and s["data"] == data)])
         for backbone in backbones:
             default, paper = asdict(parse_settings(["--data", data, "--backbone", backbone])), PAPER.get(backbone, {}).get(data)
-            here = [run for run in runs if run[2] and (run[1]["data"], run[1]["backbone"]) == (data, backbone) and run[1]["interaction"] == "mms"]
+            here = [run for run in runs if run[2] and [run[1][k] for k in ("data", "backbone", "interaction")] == [data, backbone, "mms"]]
             for folder, s, record in here or [(None, None, None)]:
                 row = next((r for r in record["evaluation"] if (r["queries"], r["score"]) == ("all", "MMS_FV")), None) if record else None
                 changes = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in s.items() if k not in FREE and v != default.get(k)) if s else ""
                 lost = f"; {record['lost']} test videos missing" if record and record["lost"] else ""
                 rows.append([data, backbone, folder or "no run", changes + lost,
-                             *(f"{row[m]:.3f}" if m.startswith("nDCG") else f"{row[m]:.1f}" for m in METRICS if row), *([""] * 4 if not row else []),
+                             *((f"{row[m]:.3f}" if m.startswith("nDCG") else f"{row[m]:.1f}") if row else "" for m in METRICS),
                              quote(paper) if paper else ""])
     return f"Table {number}: the runs in runs/, MMS_FV, one a line\n\n{markdown(header, rows)}"
 
@@ -1253,7 +1264,8 @@ def bench_clips(s, size):
         for path, files in zip(paths, pictures):                            # the alternative: frames kept as JPEG
             for frame, file in zip(sample_frames(path, s.num_frames, size), files):
                 Image.fromarray(frame.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=95)
-        calls = (lambda path, files: sample_frames(path, s.num_frames, size), lambda path, files: cached_frames(path, s.num_frames, size, 0.0, folder),
+        calls = (lambda path, files: sample_frames(path, s.num_frames, size),
+                 lambda path, files: cached_frames(path, s.num_frames, size, 0.0, folder),
                  lambda path, files: np.stack([np.asarray(Image.open(file)) for file in files]))
         decode, cache, jpeg = (1000 * x / len(paths) for x in seconds(torch.device("cpu"), *(
             lambda call=call: [call(*clip) for clip in zip(paths, pictures)] for call in calls), repeat=3))
@@ -1326,7 +1338,8 @@ def bench_scores(device, forward_size=1000, both_size=512):
     both = extra_megabytes(device, lambda: mean_max_sim(Q, V).sum().backward())
     return ["MeanMaxSim, 200 queries of 32 tokens x 1000 videos of 12 frames, d = 512, time over a plain product's:",
             f"  plain 1.00 ({1000 * plain:.1f} ms), einsum {einsum / plain:.2f}, mean_max_sim {ours / plain:.2f}",
-            f"  extra peak memory: forward at {forward_size} x {forward_size} {forward:.0f} MB; forward and backward at {both_size} x {both_size} {both:.0f} MB (M = 32, N = 14)"]
+            f"  extra peak memory: forward at {forward_size} x {forward_size} {forward:.0f} MB; "
+            f"forward and backward at {both_size} x {both_size} {both:.0f} MB (M = 32, N = 14)"]
 
 
 @torch.no_grad()
@@ -1369,9 +1382,11 @@ def bench_index(device, videos=100_000, N=12, E=2, d=512, M=32):
         opened, held = time.perf_counter() - start, extra_megabytes(torch.device("cpu"), lambda: VideoIndex.load(folder))
         Q, mask = unit_vectors(device, 1, M, d), torch.ones(1, M, dtype=torch.bool, device=device)
         index.vectors = index.vectors.to(device)
-        plain, ours = seconds(device, lambda: [Q[0] @ x.float().flatten(0, 1).T for x in index.vectors.split(1024)], lambda: index.scores(Q, mask), repeat=3)
+        plain, ours = seconds(device, lambda: [Q[0] @ x.float().flatten(0, 1).T for x in index.vectors.split(1024)],
+                              lambda: index.scores(Q, mask), repeat=3)
         bytes_a_video = index.vectors[0].numel() * 2
-    return [f"an index of {videos} videos (N = {N}, E = {E}, d = {d}: {bytes_a_video} bytes a video): opens in {opened:.2f} s, holding {held:.0f} MB",
+    return [f"an index of {videos} videos (N = {N}, E = {E}, d = {d}: {bytes_a_video} bytes a video): "
+            f"opens in {opened:.2f} s, holding {held:.0f} MB",
             f"  one query of {M} tokens, exact: {1000 * ours:.0f} ms, {ours / plain:.2f} times one plain product of the same vectors"]
 
 
@@ -1382,7 +1397,8 @@ def untrained(s, device):
 def cost_table(s, device):
     """Table 11, with random weights and pixels -> Markdown."""
     B, costs = bench_search(s, untrained(s, device), device)
-    return (f"Table 11: cost. {s.backbone}, {s.num_frames} frames, {B} videos at a time, queries against 1,000 videos; {hardware(device)}\n\n" + markdown(
+    return (f"Table 11: cost. {s.backbone}, {s.num_frames} frames, {B} videos at a time, queries against 1,000 videos; "
+            f"{hardware(device)}\n\n" + markdown(
         ["", "indexing, ms a video", "query, ms", "the paper's, on an A5000: indexing / query"],
         [[name, f"{index:.2f}", f"{query:.2f}", f"{COST[name][0]:.2f} / {COST[name][1]:.1f}"] for name, (index, query) in costs.items()]))
 

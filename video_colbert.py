@@ -548,7 +548,8 @@ class VideoIndex:
         shape = len(self.videos), 2 * meta["num_frames"] + meta["visual_expansion"], meta["width"]
         self.vectors = torch.empty(shape, dtype=torch.float16)
         if len(self.videos):
-            self.vectors = torch.from_file(str(self.folder / meta["vectors"]), False, shape[0] * shape[1] * shape[2], dtype=torch.float16).view(shape)
+            file, size = str(self.folder / meta["vectors"]), shape[0] * shape[1] * shape[2]
+            self.vectors = torch.from_file(file, shared=False, size=size, dtype=torch.float16).view(shape)          # mapped, not read
         self.vectors = self.vectors.to(device)
 
     @classmethod
@@ -561,7 +562,8 @@ class VideoIndex:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder} is not a whole index: {getattr(error, 'strerror', None) or error}") from None
         if have < need:
-            raise ValueError(f"{folder} is not a whole index: {meta['vectors']} has {have} of {need} bytes; remove the folder and index again")
+            raise ValueError(f"{folder} is not a whole index: {meta['vectors']} has {have} of {need} bytes; "
+                             f"remove the folder and index again")
         return cls(folder, meta, device)
 
     def write_meta(self):
@@ -600,7 +602,7 @@ class VideoIndex:
                     raise ValueError(f"{folder} is an index of {old.meta['root']} by {old.meta['model'] or 'another model'}, "
                                      f"not of {root} by {name or 'this one'}: name a new folder")
             keep = [i for i, (path, *stat, _) in enumerate(old.videos) if found.get(path) == stat]
-            meta.update(model=old.meta["model"] if not name else str(name), vectors=old.meta["vectors"], videos=[old.videos[i] for i in keep])
+            meta.update(model=str(name) or old.meta["model"], vectors=old.meta["vectors"], videos=[old.videos[i] for i in keep])
             if len(keep) < len(old.videos):                                 # leave the dropped rows behind, in a new file
                 meta["vectors"] = f"vectors-{int(re.findall(r'[0-9]+', old.meta['vectors'])[0]) + 1}.f16"
                 with open(folder / meta["vectors"], "wb") as file:
@@ -670,9 +672,11 @@ class VideoIndex:
         for q, rows, F, V in zip(Q, best.indices, F, V):
             near = self.vectors[rows].float() @ q.sum(0)                    # (k, N + N + E), masked tokens are 0
             n = (near[:, :N] + near[:, N:2 * N]).argmax(1).tolist()         # (k,)
-            hits.append([dict(path=os.path.join(self.meta["root"], self.videos[i][0]), score=(F[i] + V[i]).item(), F=F[i].item(), V=V[i].item(),
-                              start=round(f / N * self.videos[i][3], 2), end=round((f + 1) / N * self.videos[i][3], 2), frame=f)
-                         for i, f in zip(rows.tolist(), n)])
+            hits.append([])
+            for i, f in zip(rows.tolist(), n):
+                path, _, _, length = self.videos[i]
+                hits[-1].append(dict(path=os.path.join(self.meta["root"], path), score=(F[i] + V[i]).item(), F=F[i].item(), V=V[i].item(),
+                                     start=round(f / N * length, 2), end=round((f + 1) / N * length, 2), frame=f))
         return hits
 
     def to_lancedb(self, uri, table="videos"):
@@ -699,7 +703,8 @@ def draw_hits(query, hits, num_frames, side=96):
     draw.text((8, 8), query, "black", ImageFont.load_default(18))
     for rank, hit in enumerate(hits):
         y, frames = 40 + rank * (side + 34), sample_frames(hit["path"], num_frames, side - 8)
-        draw.text((8, y), f"{rank + 1}   {hit['score']:.3f}   {Path(hit['path']).name}   {hit['start']:.1f} to {hit['end']:.1f} s", "black", font)
+        title = f"{rank + 1}   {hit['score']:.3f}   {Path(hit['path']).name}   {hit['start']:.1f} to {hit['end']:.1f} s"
+        draw.text((8, y), title, "black", font)
         for column, n in enumerate(range(hit["frame"] % step, num_frames, step)):
             if n == hit["frame"]:
                 draw.rectangle((8 + column * side, y + 20, 8 + (column + 1) * side - 1, y + 20 + side - 1), "#c4161c")
@@ -735,8 +740,8 @@ def main(argv=None):
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     a = parser.parse_args(argv)
     if a.command == "index":
-        index, broken = VideoIndex.build(a.folder, open_model(a.model, a.device), a.out, name=os.path.abspath(a.model) if Path(a.model).is_dir() else a.model,
-                                         workers=os.cpu_count())
+        name = os.path.abspath(a.model) if Path(a.model).is_dir() else a.model
+        index, broken = VideoIndex.build(a.folder, open_model(a.model, a.device), a.out, name, workers=os.cpu_count())
         print("\n".join([*(f"skipped: {line}" for line in broken), f"{len(index.videos)} videos in {a.out}"]))
     elif a.command == "search":
         index = VideoIndex.load(a.index, a.device)
@@ -744,7 +749,8 @@ def main(argv=None):
         hits, = index.search(model, [a.query], a.k)
         if a.sheet:
             draw_hits(a.query, hits, index.meta["num_frames"]).save(a.sheet)
-        lines = [f"{rank}  {h['score']:.3f} (F {h['F']:.3f}, V {h['V']:.3f})  {h['path']}  {h['start']:.1f} to {h['end']:.1f} s" for rank, h in enumerate(hits, 1)]
+        lines = [f"{rank}  {h['score']:.3f} (F {h['F']:.3f}, V {h['V']:.3f})  {h['path']}  {h['start']:.1f} to {h['end']:.1f} s"
+                 for rank, h in enumerate(hits, 1)]
         print(json.dumps(hits) if a.json else "\n".join(lines))
     else:
         model = open_model(a.model, a.device)
