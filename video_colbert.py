@@ -271,7 +271,10 @@ class VideoColBERT(nn.Module):
             raise ValueError(f"frames must be uint8 (B, 1 to {N}, 3, {size}, {size}), not "
                              f"{str(frames.dtype).removeprefix('torch.')} {tuple(frames.shape)}")
         x = frames.flatten(0, 1).float().sub_(self.mean).div_(self.std)     # (B N, 3, H, W), the paper's resize is done before
-        f = self.clip.visual(x).unflatten(0, frames.shape[:2])              # (B, N, d), [CLS] or SigLIP's attention pool
+        return self.contextualize(self.clip.visual(x).unflatten(0, frames.shape[:2]))       # [CLS] or SigLIP's attention pool
+
+    def contextualize(self, f):
+        """The image encoder's output f (B, N, d) -> F (B, N, d), V (B, N + E, d), float32 unit vectors."""
         e = self.visual_expansion.expand(len(f), -1, -1)                    # (B, E, d)
         x = torch.cat([f + self.frame_positions[:f.shape[1]], e], dim=1)    # (B, N + E, d)
         for block in self.temporal:                                         # no causal mask: every frame sees every frame
