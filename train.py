@@ -1330,14 +1330,15 @@ def bench_step(s, model, device):
 
 def bench_scores(device, forward_size=1000, both_size=512):
     """MeanMaxSim against one plain matrix product of the same arithmetic, and einsum, and what it holds."""
+    Q, V = unit_vectors(device, forward_size, 32, 512), unit_vectors(device, forward_size, 14, 512)
+    with torch.no_grad():                                                   # memory first, while none is left over from others
+        forward = extra_megabytes(device, lambda: mean_max_sim(Q, V))
+    Q, V = Q[:both_size].clone().requires_grad_(), V[:both_size].clone().requires_grad_()
+    both = extra_megabytes(device, lambda: mean_max_sim(Q, V).sum().backward())
     Q, V = unit_vectors(device, 200, 32, 512), unit_vectors(device, 1000, 12, 512)
     with torch.no_grad():
         plain, einsum, ours = seconds(device, lambda: Q.flatten(0, 1) @ V.flatten(0, 1).T,
                                       lambda: torch.einsum("amd,bnd->abmn", Q, V).amax(-1).mean(-1), lambda: mean_max_sim(Q, V), repeat=9)
-        Q, V = unit_vectors(device, forward_size, 32, 512), unit_vectors(device, forward_size, 14, 512)
-        forward = extra_megabytes(device, lambda: mean_max_sim(Q, V))
-    Q, V = Q[:both_size].clone().requires_grad_(), V[:both_size].clone().requires_grad_()
-    both = extra_megabytes(device, lambda: mean_max_sim(Q, V).sum().backward())
     return ["MeanMaxSim, 200 queries of 32 tokens x 1000 videos of 12 frames, d = 512, time over a plain product's:",
             f"  plain 1.00 ({1000 * plain:.1f} ms), einsum {einsum / plain:.2f}, mean_max_sim {ours / plain:.2f}",
             f"  extra peak memory: forward at {forward_size} x {forward_size} {forward:.0f} MB; "

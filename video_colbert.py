@@ -72,9 +72,10 @@ def mean_max_sim(Q, V, mask=None):
     Vectors are used as they come: unit vectors make the result a mean of cosines. Neither pass holds (A, B, M, N).
     """
     def block(q, v, w):                                                     # (a, M, d), (b, N, d), (a, M)
-        best = q @ v[:, 0].T                                                # (a, M, b)
-        for n in range(1, v.shape[1]):
-            best.clamp_(min=q @ v[:, n].T)                                  # max over n
+        first, *others = v.unbind(1)                                        # N times (b, d)
+        best = q @ first.T                                                  # (a, M, b)
+        for frame in others:
+            best.clamp_(min=q @ frame.T)                                    # max over n
         return (w[:, None] @ best).squeeze(1)                               # (a, b), mean over m
 
     with torch.autocast(Q.device.type, enabled=False):                      # bf16 would round x before t = 118 scales it
@@ -82,7 +83,8 @@ def mean_max_sim(Q, V, mask=None):
         W = torch.ones_like(Q[..., 0]) if mask is None else mask.to(Q.dtype)
         W = W / W.sum(1, keepdim=True)                                      # (A, M), 1/M over the tokens that count
         b = min(len(V), 1024) or 1
-        a = max(1, 2 ** 24 // (b * Q.shape[1] * V.shape[1]))                # a backward pass recomputes 2^24 products a time
+        size = 2 ** 23 if torch.is_grad_enabled() else 2 ** 24              # products at a time, in a backward pass all are held
+        a = max(1, size // (b * Q.shape[1] * V.shape[1]))
         return torch.cat([torch.cat([
             checkpoint(block, q, v, w, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else block(q, v, w)
             for v in V.split(b)], dim=1) for q, w in zip(Q.split(a), W.split(a))])
