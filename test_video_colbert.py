@@ -754,7 +754,8 @@ def test_an_index_is_brought_up_to_date_by_what_changed_alone(tmp_path, monkeypa
     assert sum(counts) == 14 and "0.mp4" not in [path for path, *_ in index.videos] and len(index.videos) == 12
     fresh, _ = VideoIndex.build(clips, tiny, tmp_path / "fresh")
     order = [[path for path, *_ in fresh.videos].index(path) for path, *_ in index.videos]
-    assert torch.equal(index.vectors, fresh.vectors[order]) and sorted(p.name for p in (tmp_path / "index").iterdir()) == ["index.json", "vectors-1.f16"]
+    assert (index.vectors - fresh.vectors[order]).abs().max() < 1e-3        # other batches round otherwise
+    assert sorted(p.name for p in (tmp_path / "index").iterdir()) == ["index.json", "vectors-1.f16"]
 
 
 def test_a_killed_build_of_an_index_goes_on(tmp_path, monkeypatch, clips, tiny):
@@ -771,7 +772,8 @@ def test_a_killed_build_of_an_index_goes_on(tmp_path, monkeypatch, clips, tiny):
         file.write(b"what came after the last save")
     counts = encoded(monkeypatch, tiny)
     index, _ = VideoIndex.build(clips, tiny, tmp_path / "index")
-    assert saved > 0 and sum(counts) == 12 - saved and torch.equal(index.vectors, whole.vectors) and index.videos == whole.videos
+    assert saved > 0 and sum(counts) == 12 - saved and index.videos == whole.videos
+    assert (index.vectors - whole.vectors).abs().max() < 1e-3               # other batches round otherwise
 
 
 @pytest.mark.parametrize("spoil", [lambda f: os.truncate(f / "vectors-0.f16", 1000), lambda f: (f / "vectors-0.f16").unlink(),
@@ -1443,18 +1445,19 @@ def test_the_benchmark_measures_every_part_without_weights(tmp_path, monkeypatch
     assert re.search(r"\| MMS_FV \| [\d.]+ \| [\d.]+ \| 9.64 / 11.2 \|", (tmp_path / "runs/table-11-msrvtt.md").read_text())
 
 
-def test_a_missing_test_video_stops_the_evaluation_unless_allowed(tmp_path):
+def test_a_missing_test_video_stops_the_evaluation_unless_allowed(tmp_path, capsys):
     root = write_msrvtt(tmp_path / "data", "clip4clip", "videos")
     (root / "videos/video4.mp4").write_bytes(b"")
-    flags = [*SMALL, "--root", root, "--cache", tmp_path / "cache", "--out", tmp_path / "out"]
-    stopped = run(*flags)
-    assert stopped.returncode == 2 and "1 of 2 test videos cannot be read" in stopped.stderr and "video4.mp4" in stopped.stderr
-    assert "Traceback" not in stopped.stderr and not (tmp_path / "out").exists()
-    allowed = run(*flags, "--allow-missing")
-    assert allowed.returncode == 0 and "gallery of 1 videos, 1 test videos missing" in allowed.stdout
+    flags = [*map(str, SMALL), "--root", str(root), "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match=r"1 of 2 test videos cannot be read, .*video4\.mp4"):
+        train.main(flags)
+    assert not (tmp_path / "out").exists()
+    train.main([*flags, "--allow-missing"])
+    assert "gallery of 1 videos, 1 test videos missing: not comparable" in capsys.readouterr().out
     (root / "videos/video0.mp4").unlink()
-    stopped = run(*flags[:-1], tmp_path / "other", "--allow-missing")
-    assert stopped.returncode == 2 and "1 of 3 training videos cannot be read" in stopped.stderr and "video0.mp4" in stopped.stdout
+    with pytest.raises(ValueError, match="1 of 3 training videos cannot be read"):
+        train.main([*flags[:-1], str(tmp_path / "other"), "--allow-missing"])
+    assert "left out of training: " in (out := capsys.readouterr().out) and "video0.mp4" in out
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -1612,7 +1615,7 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_with_step_videos_and_checkp
     calls, step = itertools.count(), train.training_step
     spoil = torch.ones(4).index_fill(0, torch.tensor(spoilt), math.nan)
     monkeypatch.setattr(train, "training_step", lambda *args: step(*args) * (spoil if next(calls) == 2 else 1))
-    with pytest.raises(ValueError, match=r"the loss of step 2 is .*nan; last good checkpoint: .*step-00000002.pt; videos of that step: video\d.mp4") as error:
+    with pytest.raises(ValueError, match=r"the loss of step 2 is .*nan.*; last good checkpoint: .*step-00000002.pt; videos of that step: video\d.mp4") as error:
         train.main([*flags, "--out", str(tmp_path / "out")])
     assert "\n" not in str(error.value) and len(list((tmp_path / "out/checkpoints").iterdir())) == 1
 

@@ -83,7 +83,7 @@ def mean_max_sim(Q, V, mask=None):
         W = torch.ones_like(Q[..., 0]) if mask is None else mask.to(Q.dtype)
         W = W / W.sum(1, keepdim=True)                                      # (A, M), 1/M over the tokens that count
         b = min(len(V), 1024) or 1
-        size = 2 ** 23 if torch.is_grad_enabled() else 2 ** 24              # products at a time, in a backward pass all are held
+        size = 2 ** 22 if torch.is_grad_enabled() else 2 ** 24              # products at a time, in a backward pass all are held
         a = max(1, size // (b * Q.shape[1] * V.shape[1]))
         return torch.cat([torch.cat([
             checkpoint(block, q, v, w, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else block(q, v, w)
