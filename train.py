@@ -52,7 +52,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from video_colbert import (VIDEO_ENDINGS, Config, VideoColBERT, VideoIndex, draw_interactions, frame_times, interactions, mean_max_sim,
-                           reciprocal_rank_fusion, retrieval_metrics, run_main, sample_frames, video_files, video_to_text)
+                           reciprocal_rank_fusion, retrieval_metrics, run_main, sample_frames, video_files, video_to_text, write_whole)
 
 try:
     import fcntl
@@ -759,19 +759,14 @@ def schedule(step, steps, warmup):
 
 def save_checkpoint(folder, state):
     """Write folder/step-N.pt, its checksum in the first line, and keep the last two."""
-    data, part = io.BytesIO(), folder / "new.part"
+    data = io.BytesIO()
     torch.save(state, data)
     try:
         folder.mkdir(exist_ok=True)
-        with open(part, "wb") as file:
-            file.write(hashlib.sha256(data.getbuffer()).hexdigest().encode() + b"\n")
-            file.write(data.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, folder / f"step-{state['step']:08d}.pt")
+        head = hashlib.sha256(data.getbuffer()).hexdigest().encode() + b"\n"
+        write_whole(folder / f"step-{state['step']:08d}.pt", head, data.getbuffer())
     except OSError as error:
         last = max(folder.glob("step-*.pt"), default="none")
-        part.unlink(missing_ok=True)
         raise ValueError(f"the checkpoint of step {state['step']} cannot be written ({error.strerror}); "
                          f"the last good one is {last}") from None
     for old in sorted(folder.glob("step-*.pt"))[:-2]:

@@ -172,6 +172,21 @@ def load_backbone(name, pretrained):
     return clip, source.get("mean", open_clip.OPENAI_DATASET_MEAN), source.get("std", open_clip.OPENAI_DATASET_STD)
 
 
+def write_whole(path, *parts):
+    """Write bytes to a file whole or not at all: temporary file, flush, rename. Raises OSError and leaves nothing behind."""
+    temporary = Path(f"{path}.part")
+    try:
+        with open(temporary, "wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 FROZEN = ("text.positional_embedding", "text.token_embedding",              # positions, tokens and patches (section 5.2)
           "visual.positional_embedding", "visual.conv1", "visual.trunk.pos_embed", "visual.trunk.patch_embed")
 
@@ -314,11 +329,9 @@ class VideoColBERT(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: p.detach().cpu().contiguous() for name, p in self.state_dict().items()}
-        safetensors.torch.save_file(weights, folder / "model.safetensors.part")
         config = {f.name: getattr(self.config, f.name) for f in fields(Config)}
-        (folder / "config.json.part").write_text(json.dumps(config, indent=2))
-        for name in ("model.safetensors", "config.json"):
-            os.replace(folder / f"{name}.part", folder / name)
+        write_whole(folder / "model.safetensors", safetensors.torch.save(weights))
+        write_whole(folder / "config.json", json.dumps(config, indent=2).encode())
 
     @classmethod
     def load(cls, folder):
@@ -572,12 +585,7 @@ class VideoIndex:
         return cls(folder, meta, device)
 
     def write_meta(self):
-        part = self.folder / "index.json.part"
-        with open(part, "w") as file:
-            json.dump(self.meta, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, self.folder / "index.json")
+        write_whole(self.folder / "index.json", json.dumps(self.meta).encode())
 
     @classmethod
     def build(cls, root, model, folder, name="", batch_size=16, workers=0):
