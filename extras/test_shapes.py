@@ -1,0 +1,60 @@
+"""The synthetic clips: every test caption tells one video, and motion is seen only in order."""
+import json
+
+import numpy as np
+import pytest
+
+import train
+from extras.shapes import MOTIONS, choose_clips, draw_clip, kind, write_shapes
+from video_colbert import sample_frames
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "shapes"
+    write_shapes(root, galleries=1)
+    return root
+
+def test_every_test_caption_tells_one_video(root):
+    """240 test clips with one query each, half on appearance and half on motion, each true of one
+    clip alone; the opposite of each motion is in the gallery; no test clip is trained on."""
+    clips = choose_clips(1)
+    said = [(f"a {c} {s} in a {f} frame", f"a {c} {s} {m}") for c, s, f, m in clips]
+    data = train.load_json_lines(str(root / "clips.jsonl"))
+    queries = [clip.captions[0] for clip in data["test"]]
+    assert len(queries) == len(set(queries)) == 240 and len(data["train"]) == len(clips) - 240
+    assert [kind(query) for query in queries].count("motion") == 120
+    for i, query in enumerate(queries):
+        assert [j for j in range(240) if query in said[j]] == [i]
+    assert [list(captions) for captions in said[240:]] == [clip.captions for clip in data["train"]]
+    assert not set(clips[:240]) & set(clips[240:])
+    motions = {captions[1] for captions in said[:240]}
+    for _, _, _, motion in clips[:240]:
+        axis, sign = MOTIONS[motion]
+        opposite, = [name for name, value in MOTIONS.items() if value == (axis, -sign)]
+        for text in motions:
+            assert not text.endswith(motion) or text.replace(motion, opposite) in motions
+
+@pytest.mark.parametrize("motion, opposite", [
+    ("moves left", "moves right"), ("grows", "shrinks"), ("turns left", "turns right"),
+    ("appears before a ball", "appears after a ball")])
+def test_opposite_motions_show_the_same_frames_in_opposite_order(tmp_path, motion, opposite):
+    """So no set of frames tells them apart: any advantage is the temporal level's."""
+    frames = []
+    for name, what in (("a.mp4", motion), ("b.mp4", opposite)):
+        draw_clip(tmp_path / name, "red", "bar", "blue", what, np.random.default_rng(3))
+        frames.append(sample_frames(tmp_path / name, 8, 64).float())
+    a, b = frames
+    assert (a - b.flip(0)).abs().mean() < 2 and (a - b).abs().mean() > 5
+
+def test_the_same_bytes_are_written_every_time_and_only_once(root, tmp_path):
+    """Also by several threads, whose number x264 must not see; a second call changes nothing."""
+    write_shapes(tmp_path, galleries=1)
+    files = sorted(path.relative_to(root) for path in root.glob("**/*") if path.name != "lock")
+    assert len(files) > 400
+    for file in files:
+        if (root / file).is_file():
+            assert (root / file).read_bytes() == (tmp_path / file).read_bytes(), file
+    line = json.dumps({"video": "videos/video0.mp4", "captions": ["x"], "split": "test"})
+    (tmp_path / "clips.jsonl").write_text(line)
+    write_shapes(tmp_path, galleries=1)
+    assert (tmp_path / "clips.jsonl").read_text() == line
