@@ -1,0 +1,235 @@
+"""Speed and memory on this machine, without weights or downloads.
+
+    python -m extras.bench                    the paper's sizes; on a CPU add --batch-size 4
+    python -m extras.bench --memory           what training each backbone takes
+
+Other flags are train.py's. Clips are those of --data if they are there, else synthetic. Calls that
+are compared take turns, so that a busy machine is busy for all of them: trust the ratios.
+"""
+import argparse
+import io
+import math
+import os
+import re
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn.functional import normalize
+from torch.utils.flop_counter import FlopCounterMode
+
+import train
+from extras.shapes import draw_clip
+from train import Clip, autocast, cached_frames, parse_settings, pick_device, run_main
+from video_colbert import InputError, VideoColBERT, mean_max_sim, sample_frames
+
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}     # dense bf16, from data sheets
+PAPER_BACKBONES = ("ViT-B-32-quickgelu", "ViT-B-16-quickgelu", "ViT-B-16-SigLIP")
+
+# ---- Measuring -----------------------------------------------------------------------------------
+def median_seconds(device, *calls, repeat=5):
+    """Median time of each call. They take turns; the first turn warms up and does not count."""
+    times = [[] for _ in calls]
+    for turn in range(repeat + 1):
+        for call, record in zip(calls, times):
+            start = time.perf_counter()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            record.append(time.perf_counter() - start)
+    return [sorted(record[1:])[repeat // 2] for record in times]
+
+def resident_megabytes(name):
+    """VmRSS, resident memory now, or VmHWM, its peak (Linux)."""
+    return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+def extra_megabytes(device, call):
+    """Peak memory of a call above what was held before; NaN where it cannot be measured."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
+    if not os.path.exists("/proc/self/clear_refs"):
+        return math.nan
+    Path("/proc/self/clear_refs").write_text("5")                 # the peak is now what is held now
+    before = resident_megabytes("VmRSS")
+    call()
+    return resident_megabytes("VmHWM") - before
+
+def unit_vectors(device, *shape):
+    return normalize(torch.randn(*shape, device=device), dim=-1)
+
+def random_batch(s, model, device):
+    """What a training step takes: ids, mask, frames, positives, numbers of queries and videos."""
+    B, A, size = s.batch_size, s.batch_size * s.captions_per_video, model.image_size
+    frames = torch.randint(0, 256, (B, s.num_frames, 3, size, size), dtype=torch.uint8,
+                           device=device)
+    ids = torch.randint(2, 30000, (A, model.num_tokens), device=device)
+    video = torch.arange(A, device=device)[:, None] // s.captions_per_video
+    return (ids, torch.ones_like(ids, dtype=torch.bool), frames,
+            video == torch.arange(B, device=device), [A], [B])
+
+# ---- Speed ---------------------------------------------------------------------------------------
+def bench_scores(device, forward_size=1000, both_size=128):
+    """MeanMaxSim against one plain matrix product of the same arithmetic, and against einsum."""
+    Q, V = unit_vectors(device, forward_size, 32, 512), unit_vectors(device, forward_size, 14, 512)
+    with torch.no_grad():
+        forward = extra_megabytes(device, lambda: mean_max_sim(Q, V))
+    Q = Q[:both_size].clone().requires_grad_()
+    V = V[:both_size].clone().requires_grad_()
+    both = extra_megabytes(device, lambda: mean_max_sim(Q, V).sum().backward())
+    Q, V = unit_vectors(device, 200, 32, 512), unit_vectors(device, 1000, 12, 512)
+    with torch.no_grad():
+        plain, einsum, ours = median_seconds(
+            device, lambda: Q.flatten(0, 1) @ V.flatten(0, 1).T,
+            lambda: torch.einsum("amd,bnd->abmn", Q, V).amax(-1).mean(-1),
+            lambda: mean_max_sim(Q, V), repeat=9)
+    return [f"MeanMaxSim of 200 queries x 32 tokens and 1000 videos x 12 frames, d = 512: "
+            f"{ours / plain:.2f} of one plain product ({1000 * plain:.1f} ms); einsum "
+            f"{einsum / plain:.2f}",
+            f"  peak memory: forward at {forward_size} x {forward_size} {forward:.0f} MB, with "
+            f"backward at {both_size} x {both_size} {both:.0f} MB"]
+
+def bench_clips(s, size):
+    """Decoding a clip against reading it from the cache, or as JPEG, in one thread."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            clips, source = train.load_clips(s)["train"][:32], s.data
+        except InputError:
+            clips, source = [Clip(f"{folder}/{i}.mp4", []) for i in range(32)], "synthetic"
+            for i, clip in enumerate(clips):
+                draw_clip(clip.path, "red", "square", "blue", "grows", np.random.default_rng(i))
+        jpegs = []
+        for clip in clips:
+            for frame in sample_frames(clip.path, s.num_frames, size):
+                jpegs.append(io.BytesIO())
+                Image.fromarray(frame.permute(1, 2, 0).numpy()).save(jpegs[-1], "JPEG", quality=95)
+        decode, cache, jpeg = median_seconds(
+            torch.device("cpu"),
+            lambda: [sample_frames(clip.path, s.num_frames, size) for clip in clips],
+            lambda: [cached_frames(clip, s.num_frames, size, folder) for clip in clips],
+            lambda: [np.asarray(Image.open(file)) for file in jpegs], repeat=3)
+    raw = s.num_frames * 3 * size ** 2 / 1e6
+    small = sum(file.tell() for file in jpegs) / len(clips) / 1e6
+    return [f"{source} clips, {s.num_frames} frames of {size} pixels, one thread: decode "
+            f"{1000 * decode / len(clips):.2f} ms, cache {decode / cache:.0f} times faster "
+            f"({raw:.2f} MB), JPEG in memory {decode / jpeg:.0f} times ({small:.2f} MB)"]
+
+def bench_step(s, model, device):
+    """Where the time of a training step goes."""
+    batch, optimizer = random_batch(s, model, device), train.make_optimizer(model, s)
+    ids, mask, frames, positives, (A,), _ = batch
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0                                         # the weights stay as they are
+
+    def normalise():
+        return frames.flatten(0, 1).float().sub_(model.mean).div_(model.std)
+
+    with torch.no_grad(), autocast(device):
+        Q, (F, V), images = model.encode_query(ids, mask), model.encode_video(frames), normalise()
+
+    def backward(module, *inputs):
+        with autocast(device):
+            out = module(*inputs)
+        out.sum().backward()
+
+    def only_loss():
+        features = [x.detach().requires_grad_() for x in (Q, F, V)]
+        model.loss(features[0], mask, *features[1:], positives)[0].backward()
+
+    def update():
+        torch.nn.utils.clip_grad_norm_(model.parameters(), s.max_grad_norm)
+        optimizer.step()
+
+    def step():
+        train.training_step(model, optimizer, s, *batch)
+
+    with FlopCounterMode(display=False) as counter:
+        with autocast(device):
+            loss = model(ids, mask, frames, positives)[0]
+        loss.backward()
+    if s.compile:
+        for module in (model.clip.visual, model.clip.text.transformer, model.temporal):
+            module.compile()
+    peak = extra_megabytes(device, step)
+    image, text, pixels, temporal, loss, optimise, whole = median_seconds(
+        device, lambda: backward(model.clip.visual, images),
+        lambda: backward(model.encode_query, ids, mask), normalise,
+        lambda: backward(model.temporal, F), only_loss, update, step,
+        repeat=9 if device.type == "cuda" else 3)
+    card = torch.cuda.get_device_name() if device.type == "cuda" else ""
+    flops, top = counter.get_total_flops() / whole, [v for k, v in PEAK_FLOPS.items() if k in card]
+    lines = [f"step of {s.batch_size} videos x {s.num_frames} frames, {A} captions, {s.backbone}: "
+             f"{1000 * whole:.1f} ms, {A / whole:.1f} pairs/s, {flops / 1e12:.2f} TFLOP/s"
+             + "".join(f" ({100 * flops / x:.0f}% of peak)" for x in top) + f", {peak:.0f} MB"]
+    for name, part in (("image encoder", image), ("text encoder", text), ("pixels", pixels),
+                       ("temporal transformer", temporal), ("loss", loss),
+                       ("clipping and optimiser", optimise)):
+        lines.append(f"  {name:24}{1000 * part:10.1f} ms {100 * part / whole:6.1f}%")
+    return lines
+
+# ---- Memory --------------------------------------------------------------------------------------
+def saved_bytes(call, model):
+    """Bytes that autograd saves for the backward pass of a call, each storage once, without the
+    model's parameters."""
+    parameters, storages = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def note(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        out = call()                                              # keeps the graph alive
+    return sum(storages.values())
+
+def bench_memory(device, batch=128, cards=(16, 24, 80)):
+    """What a training step takes for each of the paper's backbones, in GB.
+
+    The activations of a video are counted in float32 on this machine, for one frame and for the
+    temporal transformer, and halved: under bf16 nearly all of them take two bytes.
+    """
+    lines = []
+    for backbone in PAPER_BACKBONES:
+        for num_frames, num_tokens in ((12, 32), (64, 64)):
+            s = parse_settings(["--data", "msrvtt", "--backbone", backbone, "--pretrained", "none",
+                                "--num-frames", str(num_frames), "--num-tokens", str(num_tokens)])
+            model = VideoColBERT(s)
+            size, ids = model.image_size, torch.ones(1, model.num_tokens, dtype=torch.int64)
+            image, f = torch.zeros(1, 3, size, size), torch.zeros(1, num_frames, model.width)
+            video = num_frames * saved_bytes(lambda: model.clip.visual(image), model) \
+                + saved_bytes(lambda: model.temporal(f), model) \
+                + saved_bytes(lambda: model.encode_query(ids, torch.ones_like(ids)), model)
+            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            weights = 4 * sum(p.numel() for p in model.parameters())
+            fixed = weights + 12 * trained + batch * num_frames * 3 * size ** 2   # Adam, pixels
+            need = (fixed + batch * video / 2) / 1e9
+            fits = ", ".join(str(card) for card in cards if need < 0.9 * card) or "none"
+            lines.append(f"{backbone:20} {num_frames} frames: {video / 2e9:.2f} GB of activations "
+                         f"per video, {need:.0f} GB for a batch of {batch}; fits {fits} GB")
+    return lines
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--memory", action="store_true", help="what training takes, and stop")
+    args, argv = parser.parse_known_args(argv)
+    s = parse_settings(["--data", "msrvtt", *argv])
+    device = pick_device(s.device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    if args.memory:
+        print(*bench_memory(device), sep="\n")
+        return
+    print(*bench_scores(device), sep="\n")                        # first, while no memory was freed
+    model = VideoColBERT(replace(s, pretrained=None)).to(device)
+    print(*bench_clips(s, model.image_size), *bench_step(s, model, device), sep="\n")
+
+if __name__ == "__main__":
+    run_main(main, "extras.bench")
