@@ -10,10 +10,10 @@ draws which frame each word picks. --model is a run's folder, or an open_clip na
 was never trained on video. Search is exact; to_lancedb and to_qdrant export an index to engines.
 """
 import argparse
-import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 
@@ -87,7 +87,7 @@ def find_videos(root):
 def read_video(path, num_frames, size):
     """A video's frames and its length in seconds, or what is wrong with it as a string."""
     try:
-        times = frame_times(path)
+        times = frame_times(path)                                 # demux once
         ticks, end, tick, _ = times
         return sample_frames(path, num_frames, size, times=times), (end - ticks[0]) * tick
     except InputError as error:
@@ -95,31 +95,38 @@ def read_video(path, num_frames, size):
     except (av.FFmpegError, OSError) as error:
         return f"{path}: {error.strerror or error}"
 
-@contextlib.contextmanager
 def locked(folder):
-    """Keep other processes out of a folder, or raise InputError if one is there."""
+    """Make a folder and keep other processes out of it: `with locked(folder): ...`. Raises
+    InputError if the folder cannot be made, or if another process is at work on it."""
     try:
-        with filelock.FileLock(f"{folder}/lock", timeout=0):
-            yield
+        os.makedirs(folder, exist_ok=True)
+        return filelock.FileLock(f"{folder}/lock").acquire(timeout=0)
     except filelock.Timeout:
         raise InputError(f"another process is at work on {folder}; try again later") from None
+    except OSError as error:
+        raise InputError(f"{folder}: {error.strerror}") from None
 
 # ---- The index -----------------------------------------------------------------------------------
+def array_shape(meta):
+    """Of the array that belongs to an index's list: videos, vectors per video, d."""
+    return len(meta["videos"]), 2 * meta["num_frames"] + meta["visual_expansion"], meta["width"]
+
 class VideoIndex:
     """F and V of many videos in a folder: index.json, and a mapped fp16 array (B, N + N + E, d).
 
     meta["videos"][i] is [path below root, size, mtime_ns, seconds] of row i. The array grows at its
-    end, and index.json is replaced afterwards, so that a killed build leaves a whole index.
+    end, and index.json is replaced afterwards, so that a killed build leaves a complete index,
+    followed by rows that the next build drops.
     """
 
     def __init__(self, folder, meta, device="cpu"):
         self.folder, self.meta, self.videos, self.model = Path(folder), meta, meta["videos"], None
-        shape = len(self.videos), 2 * meta["num_frames"] + meta["visual_expansion"], meta["width"]
+        shape = array_shape(meta)
         self.vectors = torch.empty(shape, dtype=torch.float16)
         if self.videos:                                           # mapped, not read
             self.vectors = torch.from_file(str(self.folder / meta["vectors"]), shared=False,
-                                           size=self.vectors.numel(), dtype=torch.float16)
-        self.vectors = self.vectors.view(shape).to(device)
+                                           size=math.prod(shape), dtype=torch.float16).view(shape)
+        self.vectors = self.vectors.to(device)
 
     @classmethod
     def load(cls, folder, device="cpu", unfinished=False):
@@ -127,18 +134,22 @@ class VideoIndex:
         array is shorter or longer than its list (an `unfinished` one may be longer)."""
         try:
             meta = json.loads((Path(folder) / "index.json").read_text())
-            rows = 2 * meta["num_frames"] + meta["visual_expansion"]
-            expected = 2 * len(meta["videos"]) * rows * meta["width"]
+            expected = 2 * math.prod(array_shape(meta))
             actual = (Path(folder) / meta["vectors"]).stat().st_size
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise InputError(f"{folder} is not a complete index: {reason}") from None
         if actual < expected or actual > expected and not unfinished:
+            advice = "remove the folder and" if actual < expected else "if no other process does,"
             raise InputError(f"{folder} is not a complete index: {meta['vectors']} has {actual} "
-                             f"bytes, not {expected}; run index again, or remove the folder first")
+                             f"bytes, not {expected}; {advice} run index again")
         return cls(folder, meta, device)
 
-    def save_meta(self):
+    def save(self):
+        """Cut from the array what the list does not name, then replace index.json."""
+        with open(self.folder / self.meta["vectors"], "ab") as file:
+            file.truncate(2 * math.prod(array_shape(self.meta)))
+            os.fsync(file.fileno())
         write_file(self.folder / "index.json", json.dumps(self.meta).encode())
 
     @classmethod
@@ -149,93 +160,89 @@ class VideoIndex:
         New and changed files are encoded, deleted ones dropped. Raises InputError for an index of
         another model or other videos, and while another process works on it.
         """
-        root, folder = Path(os.path.abspath(root)), Path(folder)
-        if not root.is_dir():
+        root, c = os.path.abspath(root), model.config
+        if not os.path.isdir(root):
             raise InputError(f"no folder {root}")
-        if model.config.interaction != "mms":
+        if c.interaction != "mms":
             raise InputError("an index holds token-wise vectors; a model with interaction "
-                             f"{model.config.interaction} has none")
-        folder.mkdir(parents=True, exist_ok=True)
+                             f"{c.interaction} has none")
+        meta = dict(root=root, model=str(name), fingerprint=fingerprint(model), width=model.width,
+                    num_frames=c.num_frames, visual_expansion=c.visual_expansion,
+                    vectors="vectors-0.f16", videos=[])
         with locked(folder):
             found, problems = find_videos(root)
-            index = cls.start(root, model, folder, name, found)
-            return index.add(model, found, batch_size, workers, problems), problems
+            if os.path.exists(f"{folder}/index.json"):
+                meta = cls.load(folder, unfinished=True).update(meta, found)
+            index = cls(folder, meta)
+            index.save()
+            for path in index.folder.glob("vectors-*.f16"):
+                if path.name != meta["vectors"]:
+                    path.unlink()
+            known = {path for path, *_ in index.videos}
+            new = [[path, *status] for path, status in found.items() if path not in known]
+            problems += index.add(new, model, batch_size, workers)
+            return cls(folder, meta), problems
 
-    @classmethod
-    def start(cls, root, model, folder, name, found):
-        """A new index without videos, or the one in `folder` with those that are still the same."""
-        meta = dict(root=str(root), model=str(name), fingerprint=fingerprint(model),
-                    num_frames=model.config.num_frames, width=model.width,
-                    visual_expansion=model.config.visual_expansion, vectors="vectors-0.f16",
-                    videos=[])
-        if (folder / "index.json").exists():
-            old = cls.load(folder, unfinished=True)
-            keep = [i for i, (path, *status, _) in enumerate(old.videos)
-                    if found.get(path) == status]
-            if old.meta["fingerprint"] != meta["fingerprint"]:
-                change = "the model's weights or settings have changed since"
-                if old.meta["model"] != meta["model"]:
-                    change = f"it was made by {old.meta['model'] or 'another model'}, not {name}"
-                raise InputError(f"{folder} cannot be updated, {change}: give a new folder")
-            if old.videos and not keep and old.meta["root"] != meta["root"]:
-                raise InputError(f"{folder} is an index of {old.meta['root']} and has none of the "
-                                 f"videos in {root}: give a new folder")
-            meta.update(model=str(name) or old.meta["model"], vectors=old.meta["vectors"],
-                        videos=[old.videos[i] for i in keep])
-            if len(keep) < len(old.videos):                       # copy what stays to a new file
-                number = int(Path(old.meta["vectors"]).stem.partition("-")[2])
-                meta["vectors"] = f"vectors-{number + 1}.f16"
-                with open(folder / meta["vectors"], "wb") as file:
-                    for i in range(0, len(keep), 1024):
-                        file.write(old.vectors[keep[i:i + 1024]].numpy().tobytes())
-        row = 2 * (2 * meta["num_frames"] + meta["visual_expansion"]) * meta["width"]
-        (folder / meta["vectors"]).touch()
-        os.truncate(folder / meta["vectors"], len(meta["videos"]) * row)      # after a killed build
-        index = cls(folder, meta)
-        index.save_meta()
-        for path in folder.glob("vectors-*.f16"):
-            if path.name != meta["vectors"]:
-                path.unlink()
-        return index
+    def update(self, meta, found):
+        """The `meta` of a build that has no videos yet, with this index's videos that are still the
+        same. If others are gone or changed, the rest is copied to a new array."""
+        keep = [i for i, (path, *status, _) in enumerate(self.videos) if found.get(path) == status]
+        if self.meta["fingerprint"] != meta["fingerprint"]:
+            change = "the model's weights or settings have changed since"
+            if self.meta["model"] != meta["model"]:
+                made_by = self.meta["model"] or "a model without a name"
+                change = f"it was made by {made_by}, not {meta['model'] or 'this one'}"
+            raise InputError(f"{self.folder} cannot be updated, {change}: index into a new folder")
+        if self.videos and not keep and self.meta["root"] != meta["root"]:
+            raise InputError(f"{self.folder} is an index of {self.meta['root']} and has none of the "
+                             f"videos in {meta['root']}: index into a new folder")
+        array = self.meta["vectors"]
+        if len(keep) < len(self.videos):
+            array = f"vectors-{int(array[len('vectors-'):-len('.f16')]) + 1}.f16"
+            with open(self.folder / array, "wb") as file:
+                for i in range(0, len(keep), 1024):
+                    file.write(self.vectors[keep[i:i + 1024]].numpy().tobytes())
+        return {**meta, "model": meta["model"] or self.meta["model"], "vectors": array,
+                "videos": [self.videos[i] for i in keep]}
 
-    def add(self, model, found, batch_size, workers, problems):
-        """Encode the videos that the index lacks -> the index with them. Ctrl-C keeps the rest."""
-        known = {path for path, *_ in self.videos}
-        paths = [path for path in found if path not in known]
+    def add(self, new, model, batch_size, workers):
+        """Encode videos, a list of [path, size, mtime_ns] -> [what is wrong with each video that
+        cannot be read]. Whatever happens on the way, those that were encoded are saved."""
         read = functools.partial(read_video, num_frames=model.config.num_frames,
                                  size=model.image_size)
-        videos = prefetch(read, [os.path.join(self.meta["root"], path) for path in paths], workers)
-        batch = []
+        paths = [os.path.join(self.meta["root"], path) for path, *_ in new]
+        bar = tqdm(prefetch(read, paths, workers), "indexing", len(paths), unit="video")
+        batch, problems = [], []
         try:
-            for path, video in zip(paths, tqdm(videos, "indexing", len(paths), unit="video")):
+            for file, video in zip(new, bar):
                 if isinstance(video, str):
                     problems.append(video)
                 else:
-                    batch.append((path, *video))
+                    batch.append((file, *video))
                 if len(batch) == batch_size:
-                    self.append(model, batch, found)
+                    self.append(batch, model)
                     batch = []
-            self.append(model, batch, found)
+            self.append(batch, model)
         except KeyboardInterrupt:
-            self.save_meta()
             raise KeyboardInterrupt(f"stopped with {len(self.videos)} videos in {self.folder}; the "
                                     "same command continues") from None
-        self.save_meta()
-        return type(self)(self.folder, self.meta)
+        finally:
+            self.save()
+        return problems
 
     @torch.no_grad()
-    def append(self, model, batch, found):
-        """Encode a batch of (path, frames, seconds) and append it to the array and the list."""
-        if batch:
-            frames = torch.stack([frames for _, frames, _ in batch]).to(model.device)
-            with autocast(model.device):
-                F, V = model.encode_video(frames)
-            with open(self.folder / self.meta["vectors"], "ab") as file:
-                file.write(torch.cat([F, V], 1).half().cpu().numpy().tobytes())
-            for path, _, seconds in batch:
-                self.videos.append([path, *found[path], round(seconds, 3)])
-            if len(self.videos) % SAVE_EVERY < len(batch):
-                self.save_meta()
+    def append(self, batch, model):
+        """Encode a list of ([path, size, mtime_ns], frames, seconds) and append it to the index."""
+        if not batch:
+            return
+        frames = torch.stack([frames for _, frames, _ in batch]).to(model.device)
+        with autocast(model.device):
+            F, V = model.encode_video(frames)
+        with open(self.folder / self.meta["vectors"], "ab") as file:
+            file.write(torch.cat([F, V], 1).half().cpu().numpy().tobytes())
+        self.videos += [[*file, round(seconds, 3)] for file, _, seconds in batch]
+        if len(self.videos) % SAVE_EVERY < len(batch):
+            self.save()
 
     @torch.no_grad()
     def scores(self, Q, mask):
@@ -264,18 +271,19 @@ class VideoIndex:
             raise InputError("k must be at least 1" if k < 1 else "the query is empty")
         ids, mask = model.tokenize(queries)
         Q = model.encode_query(ids.to(model.device), mask.to(model.device)).to(self.vectors.device)
-        F, V = self.scores(Q, mask.to(Q.device))
+        F, V = self.scores(Q, mask.to(Q.device))                  # (A, B)
         best, N, results = mms_fv(F, V).topk(min(k, len(self.videos))), self.meta["num_frames"], []
-        for a, (scores, rows) in enumerate(zip(*best)):
+        for a, (scores, rows) in enumerate(zip(*best)):           # (k,), (k,)
             near = self.vectors[rows].float() @ Q[a].sum(0)       # (k, N + N + E), masked are 0
             frames = (near[:, :N] + near[:, N:2 * N]).argmax(1).tolist()
-            results.append([])
+            hits = []
             for score, row, frame in zip(scores.tolist(), rows.tolist(), frames):
                 path, _, _, seconds = self.videos[row]
-                results[a].append(dict(
+                hits.append(dict(
                     path=os.path.join(self.meta["root"], path), score=score, F=F[a, row].item(),
                     V=V[a, row].item(), start=round(frame / N * seconds, 2),
                     end=round((frame + 1) / N * seconds, 2), frame=frame))
+            results.append(hits)
         return results
 
     def multivectors(self, size=256):
@@ -344,7 +352,7 @@ def draw_hits(query, hits, num_frames, side=96):
 
 def check_picture(path):
     """Raises InputError if a picture cannot be saved under this name."""
-    if Path(path).suffix.lower() not in Image.registered_extensions():
+    if Image.registered_extensions().get(Path(path).suffix.lower()) not in Image.SAVE:
         raise InputError(f"{path}: a picture's name ends in .png or .jpg")
     if not Path(path).absolute().parent.is_dir():
         raise InputError(f"{path}: no such folder")
@@ -357,7 +365,8 @@ def open_model(name, device):
 
 def index_command(args, device):
     name = os.path.abspath(args.model) if Path(args.model).is_dir() else args.model
-    index, problems = VideoIndex.build(args.folder, open_model(args.model, device), args.out, name)
+    index, problems = VideoIndex.build(args.folder, open_model(args.model, device), args.out, name,
+                                       workers=os.cpu_count())
     for problem in problems:
         print(f"skipped: {problem}")
     print(f"{len(index.videos)} videos in {args.out}")
@@ -366,13 +375,13 @@ def search_command(args, device):
     if args.sheet:
         check_picture(args.sheet)
     index = VideoIndex.load(args.index, device)
-    model = open_model(args.model or index.meta["model"], device)
-    hits, = index.search(model, [args.query], args.k)
-    if args.json:
-        print(json.dumps(hits))
-    for rank, hit in enumerate(hits if not args.json else [], 1):
-        print(f"{rank}  {hit['score']:.3f} (F {hit['F']:.3f}, V {hit['V']:.3f})  {hit['path']}  "
-              f"{hit['start']:.1f} to {hit['end']:.1f} s")
+    name = args.model or index.meta["model"]
+    if not name:
+        raise InputError(f"{args.index} does not say which model made it: use --model")
+    hits, = index.search(open_model(name, device), [args.query], args.k)
+    lines = [f"{rank}  {hit['score']:.3f} (F {hit['F']:.3f}, V {hit['V']:.3f})  {hit['path']}  "
+             f"{hit['start']:.1f} to {hit['end']:.1f} s" for rank, hit in enumerate(hits, 1)]
+    print(json.dumps(hits) if args.json else "\n".join(lines), flush=True)
     if args.sheet:
         draw_hits(args.query, hits, index.meta["num_frames"]).save(args.sheet)
 

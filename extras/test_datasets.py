@@ -1,7 +1,10 @@
-"""Each converter's file is what a person would write by hand, and train.py runs on it."""
+"""Each converter's file is what a person would write by hand, and train.py trains on it."""
 import json
 import os
 import pickle
+import subprocess
+import sys
+from collections import OrderedDict, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -13,152 +16,289 @@ from extras.test_core import Evil, mutate
 from test_video_colbert import SMALL, write_clip
 from video_colbert import InputError
 
-def write(root, **files):
-    """Files by name, with __ for a dot; what is not a string or bytes is written as JSON."""
-    root.mkdir(parents=True, exist_ok=True)
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    """The bytes of a video of three frames."""
+    return write_clip(tmp_path_factory.mktemp("clip") / "clip.mkv", 3).read_bytes()
+
+def write(root, files):
+    """Write {name: bytes, text, or anything that is to be JSON} below a folder."""
     for name, content in files.items():
-        path = root / name.replace("__", ".")
-        if isinstance(content, bytes):
-            path.write_bytes(content)
-        else:
-            path.write_text(content if isinstance(content, str) else json.dumps(content))
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not isinstance(content, bytes):
+            text = content if isinstance(content, str) else json.dumps(content)
+            content = text.encode()
+        path.write_bytes(content)
 
-def write_videos(root, *names):
-    """One clip, copied under many names."""
-    clip = write_clip(root / "clip.mkv", 3).read_bytes()
-    (root / "clip.mkv").unlink()
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(clip)
+def convert(dataset, root, *flags):
+    """Run the converter -> the clips in its file."""
+    main([dataset, str(root), *flags])
+    return clips_in(root / "clips.jsonl")
 
-def lines_of(root):
-    return [json.loads(line) for line in (root / "clips.jsonl").read_text().splitlines()]
+def clips_in(path):
+    return list(map(json.loads, path.read_text().splitlines()))
 
-def line(video, split, *captions, **times):
-    return {"video": video, "captions": list(captions), "split": split, **times}
+def ten(video):
+    return [f"{video} {i}" for i in range(10)]
 
-def write_msvd(root):
-    captions = {"-4wsuPCjDBc_5_15": [["a", "man"], ["a", "dog", "runs"]], "b_1_2": [["b"]],
-                "v_3_4": [["val"]], "t_5_6": [["t", "one"], ["t", "two"]], "unused": [["x"]]}
-    write(root, train_list__txt="-4wsuPCjDBc_5_15\r\nb_1_2\r\n", val_list__txt="v_3_4\n",
-          test_list__txt="t_5_6\n\n", **{"raw-captions__pkl": pickle.dumps(captions, protocol=2)})
-    write_videos(root, "YouTubeClips/-4wsuPCjDBc_5_15.avi", "YouTubeClips/b_1_2.avi",
-                 "YouTubeClips/v_3_4.avi", "YouTubeClips/t_5_6.AVI")
-    return [line("YouTubeClips/-4wsuPCjDBc_5_15.avi", "train", "a man", "a dog runs"),
-            line("YouTubeClips/b_1_2.avi", "train", "b"),
-            line("YouTubeClips/v_3_4.avi", "val", "val"),
-            line("YouTubeClips/t_5_6.AVI", "test", "t one", "t two")]
+def vatex_records(*videos):
+    return [{"videoID": video, "enCap": ten(video), "chCap": ["no"]} for video in videos]
 
-def vatex_record(video):
-    return {"videoID": video, "enCap": [f"{video} {i}" for i in range(10)], "chCap": ["no"]}
+def didemo_records(*pairs):
+    return [{"video": video, "description": text, "times": [[4, 4]], "annotation_id": 1}
+            for video, text in pairs]
 
-def write_vatex(root):
-    a, b, d = "Ptf_2VRj-V0_000122_000132", "b", "d"
-    write(root, vatex_training_v1__0__json=[vatex_record(a), vatex_record(b)], test_list__txt="d\n",
-          vatex_validation_v1__0__json=[vatex_record("c"), vatex_record(d)])
-    write_videos(root, f"videos/{a}.mp4", "videos/b.mkv", "videos/d.mp4")
-    return [line(f"videos/{a}.mp4", "train", *vatex_record(a)["enCap"]),
-            line("videos/b.mkv", "train", *vatex_record(b)["enCap"]),
-            line("videos/d.mp4", "test", *vatex_record(d)["enCap"])]
+def activitynet_record(*sentences):
+    return {"duration": 82.73, "timestamps": [[0, 1]] * len(sentences), "sentences": sentences}
 
-def write_didemo(root):
-    """A copy with another ending stands for its original; the original goes first."""
-    a, b, c = "26292851@N04_4253489686_265c3c8051.m4v", "x@N_1_2.mov", "y@N_3_4.avi"
-    def moments(*pairs):
-        return [{"video": v, "description": text, "times": [[0, 0]]} for v, text in pairs]
-    write(root, train_data__json=moments((a, "one "), (b, "other"), (a, "two")),
-          test_data__json=moments((c, "the"), (c, "query")))
-    write_videos(root, f"videos/{Path(a).stem}.mp4", f"videos/{b}", f"videos/{Path(b).stem}.mp4",
-                 f"videos/{c}.mp4")
-    return [line(f"videos/{Path(a).stem}.mp4", "train", "one two", end=30.0),
-            line(f"videos/{b}", "train", "other", end=30.0),
-            line(f"videos/{c}.mp4", "test", "the query", end=30.0)]
+MSVD = {"train_list.txt": "-4wsuPCjDBc_5_15\r\nb_1_2\r\n", "val_list.txt": "v_3_4\n",
+        "test_list.txt": "t_5_6\n\n", "raw-captions.pkl": pickle.dumps({
+            "-4wsuPCjDBc_5_15": [["a", "man"], ["a", "dog", "runs"]], "b_1_2": [["b"], "as text"],
+            "v_3_4": [["val"]], "t_5_6": [["t", "one"], ["t", "two"]], "unused": 5}, protocol=2)}
+VATEX = {"vatex_training_v1.0.json": vatex_records("Ptf_2VRj-V0_000122_000132", "b"),
+         "vatex_validation_v1.0.json": vatex_records("c", "d"), "test_list.txt": "d\n"}
+DIDEMO = {"train_data.json": didemo_records(("26292851@N04_42_26.m4v", "one "), ("x@N_1.mov", "é"),
+                                            ("26292851@N04_42_26.m4v", "two")),
+          "test_data.json": didemo_records(("y@N_3.avi", "the"), ("y@N_3.avi", "query"))}
+ACTIVITYNET = {"train.json": {"v_QOlSCBRmfWY": activitynet_record("A man.", " He runs. "),
+                              "v_b": activitynet_record("B.")},
+               "val_1.json": {"v_c": activitynet_record("C.", "D."),
+                              "v_e": activitynet_record("E.")}, "val_ids.json": ["v_c"]}
 
-def write_activitynet(root):
-    def record(*sentences):
-        return {"duration": 82.73, "timestamps": [[0, 1]], "sentences": list(sentences)}
-    write(root, train__json={"v_QOlSCBRmfWY": record("A man.", " He runs. "), "v_b": record("B.")},
-          val_1__json={"v_c": record("C.", "D."), "v_e": record("E.")}, val_ids__json=["v_c"])
-    write_videos(root, "videos/v_QOlSCBRmfWY.mp4", "videos/b.mkv", "videos/c.webm")
-    return [line("videos/v_QOlSCBRmfWY.mp4", "train", "A man. He runs."),
-            line("videos/b.mkv", "train", "B."), line("videos/c.webm", "test", "C. D.")]
+# {dataset: its annotation, its videos, the lines that a person would write}
+DATASETS = {
+    "msvd": (MSVD, ["-4wsuPCjDBc_5_15.avi", "b_1_2.avi", "v_3_4.avi", "t_5_6.AVI"], """
+{"video": "videos/-4wsuPCjDBc_5_15.avi", "captions": ["a man", "a dog runs"], "split": "train"}
+{"video": "videos/b_1_2.avi", "captions": ["b", "as text"], "split": "train"}
+{"video": "videos/v_3_4.avi", "captions": ["val"], "split": "val"}
+{"video": "videos/t_5_6.AVI", "captions": ["t one", "t two"], "split": "test"}
+"""),
+    "vatex": (VATEX, ["Ptf_2VRj-V0_000122_000132.mp4", "b.mkv", "d.mp4"], f"""
+{{"video": "videos/Ptf_2VRj-V0_000122_000132.mp4", "captions": {
+    json.dumps(ten("Ptf_2VRj-V0_000122_000132"))}, "split": "train"}}
+{{"video": "videos/b.mkv", "captions": {json.dumps(ten("b"))}, "split": "train"}}
+{{"video": "videos/d.mp4", "captions": {json.dumps(ten("d"))}, "split": "test"}}
+"""),
+    "didemo": (DIDEMO, ["26292851@N04_42_26.mp4", "x@N_1.mov", "x@N_1.mp4", "y@N_3.avi.mp4"], """
+{"video": "videos/26292851@N04_42_26.mp4", "captions": ["one two"], "split": "train", "end": 30}
+{"video": "videos/x@N_1.mov", "captions": ["é"], "split": "train", "end": 30}
+{"video": "videos/y@N_3.avi.mp4", "captions": ["the query"], "split": "test", "end": 30}
+"""),
+    "activitynet": (ACTIVITYNET, ["v_QOlSCBRmfWY.mp4", "b.mkv", "c.webm"], """
+{"video": "videos/v_QOlSCBRmfWY.mp4", "captions": ["A man. He runs."], "split": "train"}
+{"video": "videos/b.mkv", "captions": ["B."], "split": "train"}
+{"video": "videos/c.webm", "captions": ["C. D."], "split": "test"}
+""")}
 
-WRITERS = {"msvd": write_msvd, "vatex": write_vatex, "didemo": write_didemo,
-           "activitynet": write_activitynet}
+def write_dataset(root, dataset, video, *missing):
+    annotation, names, _ = DATASETS[dataset]
+    write(root, annotation)
+    write(root, {f"videos/{name}": video for name in names if name not in missing})
 
-@pytest.mark.parametrize("name", WRITERS)
-def test_a_converted_file_is_as_written_by_hand_and_trains(tmp_path, monkeypatch, capsys, name):
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_the_file_is_what_a_person_would_write_and_trains(tmp_path, monkeypatch, video, dataset):
+    """Word lists become captions, sentences a paragraph in the order of the file; English only; a
+    leading dash is no option; a copy under another ending stands for its original, which goes
+    first; names are with or without v_."""
     monkeypatch.chdir(tmp_path)
-    want = WRITERS[name](tmp_path / "data")
-    main([name, "data"])
-    assert lines_of(tmp_path / "data") == want
-    frames = {"didemo": " --num-frames 64 --num-tokens 64",
-              "activitynet": " --num-frames 64 --num-tokens 64"}.get(name, "")
+    write_dataset(tmp_path / "data", dataset, video)
+    main([dataset, "data"])
+    text = (tmp_path / "data/clips.jsonl").read_text()
+    assert text == DATASETS[dataset][2].lstrip("\n")
+    train.main([*SMALL, "--data", "data/clips.jsonl", "--pretrained", "none", "--epochs", "1",
+                "--batch-size", "2", "--out", "run"])
+    record = train.finished("run")
+    assert record["gallery"] == 1 and record["missing"] == 0
+    assert record["evaluation"][0]["queries"] == len(json.loads(text.splitlines()[-1])["captions"])
+
+@pytest.mark.parametrize("dataset, flags", [
+    ("msvd", ""), ("vatex", ""), ("didemo", " --num-frames 64 --num-tokens 64"),
+    ("activitynet", " --num-frames 64 --num-tokens 64")])
+def test_the_summary_ends_in_the_command_with_the_papers_frames_and_tokens(
+        tmp_path, capsys, video, dataset, flags):
+    write_dataset(tmp_path / "a folder", dataset, video)
+    clips = convert(dataset, tmp_path / "a folder")
     printed = capsys.readouterr().out.splitlines()
-    assert printed[-1] == f"python train.py --data data/clips.jsonl{frames}"
-    captions = sum(len(clip["captions"]) for clip in want[:2])
-    assert f"train: 2 videos, {captions} captions" in printed[0]
-    train.main([*SMALL, "--data", "data/clips.jsonl", "--epochs", "1", "--out", "run"])
-    assert train.finished("run")["gallery"] == 1
+    file = tmp_path / "a folder/clips.jsonl"
+    assert printed[-1] == f"python train.py --data '{file}'{flags}"
+    captions = {split: [len(clip["captions"]) for clip in clips if clip["split"] == split]
+                for split in ("train", "val", "test")}
+    assert printed[:-2] == [f"{split}: {len(n)} videos, {sum(n)} captions"
+                            for split, n in captions.items() if n]
+    settings = train.parse_settings(["--data", str(file), *flags.split()])
+    assert (settings.num_frames, settings.num_tokens) == ((64, 64) if flags else (12, 32))
 
-def test_the_lists_of_vatex_choose_its_videos(tmp_path):
-    write_vatex(tmp_path)
-    write(tmp_path, train_list__txt="b\n", val_list__txt="c\n")
-    write_videos(tmp_path, "videos/c.mp4")
-    main(["vatex", str(tmp_path)])
-    assert [(clip["video"], clip["split"]) for clip in lines_of(tmp_path)] == [
-        ("videos/b.mkv", "train"), ("videos/c.mp4", "val"), ("videos/d.mp4", "test")]
+@pytest.mark.parametrize("dataset, lists, want", [
+    ("vatex", {"train_list.txt": "b\n", "val_list.txt": "c\n"},
+     "b.mkv train, c.mp4 val, d.mp4 test"),
+    ("vatex", {"train_list.txt": "c\nb\n"}, "c.mp4 train, b.mkv train, d.mp4 test"),
+    ("activitynet", {"train_ids.json": ["v_b"], "val_ids.json": ["v_e", "v_c"]},
+     "b.mkv train, v_e.mp4 test, c.mp4 test"),
+    ("didemo", {"train_data.json": didemo_records(("c.mp4", "one")),
+                "val_data.json": didemo_records(("v_e.mp4", "two"))},
+     "c.mp4 train, v_e.mp4 val, y@N_3.avi.mp4 test"),
+    ("msvd", {"train_list.txt": "b_1_2\n", "val_list.txt": ""}, "b_1_2.avi train, t_5_6.AVI test"),
+])
+def test_lists_of_ids_choose_the_videos_of_each_split(tmp_path, video, dataset, lists, want):
+    write_dataset(tmp_path, dataset, video)
+    write(tmp_path, {"c.mp4": video, "v_e.mp4": video, **lists})
+    clips = convert(dataset, tmp_path)
+    names = [f"{Path(clip['video']).name} {clip['split']}" for clip in clips]
+    assert ", ".join(names) == want
 
-def test_missing_training_videos_are_left_out_and_missing_test_videos_named(tmp_path, capsys):
-    """And the file may be elsewhere, with absolute paths."""
-    write_vatex(tmp_path / "data")
-    (tmp_path / "data/videos/b.mkv").unlink()
-    (tmp_path / "data/videos/d.mp4").unlink()
-    main(["vatex", str(tmp_path / "data"), "--out", str(tmp_path / "clips.jsonl")])
-    out = capsys.readouterr().out
-    assert "train: 2 videos, 20 captions, 1 videos missing\n  missing: b.mp4" in out
-    assert "missing: d.mp4" in out and out.strip().endswith("clips.jsonl --allow-missing")
-    assert [clip["split"] for clip in lines_of(tmp_path)] == ["train", "test"]
-    (tmp_path / "elsewhere").mkdir()
-    main(["vatex", str(tmp_path / "data"), "--out", str(tmp_path / "elsewhere/clips.jsonl")])
-    assert os.path.isabs(lines_of(tmp_path / "elsewhere")[0]["video"])
+def test_a_copy_under_another_name_is_found_and_another_video_is_not(tmp_path, video):
+    """`v_a` and `a` are one video, and so are `d.mov` and `d.mp4`; `c.1` and `c` are not."""
+    names = ["a", "v_b", "d.mov", "c.1", "v_e.avi"]
+    write(tmp_path, {"train.json": {name: activitynet_record("one") for name in names[:3]},
+                     "val_1.json": {name: activitynet_record("one") for name in names[3:]}})
+    write(tmp_path, {name: video for name in ("v_a.mkv", "b.mp4", "c.mp4", "d.mp4", "v_e.mp4")})
+    assert [clip["video"] for clip in convert("activitynet", tmp_path)] == [
+        "v_a.mkv", "b.mp4", "d.mp4", "c.1.mp4", "v_e.mp4"]
+
+def test_missing_training_and_validation_videos_are_left_out_and_named(tmp_path, capsys, video):
+    write_dataset(tmp_path, "vatex", video)
+    write(tmp_path, {"val_list.txt": "c\n"})
+    more = [f"m{i:02}" for i in range(30)]
+    write(tmp_path, {"vatex_training_v1.0.json": vatex_records("b", *more)})
+    clips = convert("vatex", tmp_path)
+    assert [clip["video"] for clip in clips] == ["videos/b.mkv", "videos/d.mp4"]
+    assert capsys.readouterr().out.splitlines() == [
+        "train: 1 videos, 10 captions", "  30 more missing and left out:",
+        *(f"    {name}.mp4" for name in more[:20]), "    ... and 10 more",
+        "val: 0 videos, 0 captions", "  1 more missing and left out:", "    c.mp4",
+        "test: 1 videos, 10 captions", f"wrote {tmp_path}/clips.jsonl; to train on it:",
+        f"python train.py --data {tmp_path}/clips.jsonl"]
+
+def test_missing_test_videos_stay_and_are_counted_by_train(tmp_path, monkeypatch, capsys, video):
+    monkeypatch.chdir(tmp_path)
+    write_dataset(tmp_path / "data", "activitynet", video)
+    write(tmp_path / "data", {"val_ids.json": ["v_c", "v_e"]})
+    clips = convert("activitynet", tmp_path / "data")
+    assert [clip["video"] for clip in clips][2:] == ["videos/c.webm", "v_e.mp4"]
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1:4] == [
+        "test: 2 videos, 2 captions",
+        "  1 of them missing and kept in the file; a result without them is not comparable:",
+        "    v_e.mp4"]
+    command = printed[-1].split()
+    assert command[-1] == "--allow-missing"
+    flags = [*SMALL, "--data", "data/clips.jsonl", "--epochs", "1", "--batch-size", "2"]
+    with pytest.raises(InputError, match="1 of 2 test clips cannot be read, see --allow-missing"):
+        train.main(flags)
+    train.main([*flags, "--out", "run", command[-1]])
+    assert train.finished("run")["missing"] == 1 and "v_e.mp4" in capsys.readouterr().out
+
+def test_paths_are_relative_below_the_files_folder_and_absolute_elsewhere(tmp_path, monkeypatch,
+                                                                          video):
+    write_dataset(tmp_path / "data", "vatex", video, "d.mp4")      # the test video is missing
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    for out, prefix, test in (
+            ("data/clips.jsonl", "", "d.mp4"), ("clips.jsonl", "data/", "data/d.mp4"),
+            ("data/videos/../clips.jsonl", "", "d.mp4"),
+            ("other/clips.jsonl", f"{tmp_path}/data/", f"{tmp_path}/data/d.mp4")):
+        main(["vatex", "data", "--out", out])
+        clips = clips_in(Path(out))
+        assert [clip["video"] for clip in clips][1:] == [f"{prefix}videos/b.mkv", test]
+        assert os.path.exists(train.load_json_lines(out)["train"][0].path)
 
 @pytest.mark.parametrize("content, message", [
-    (pickle.dumps({"a": Evil()}), "it asks for .*system"), (b"garbage", "raw-captions.pkl: "),
-    (pickle.dumps([1, 2]), "expected a dictionary"), (pickle.dumps({"a": 5}), "not blank, got")])
+    (pickle.dumps({"a": Evil()}), "it asks for .*system"), (b"garbage", "."), (b"", "."),
+    (b"\x80\x04\x8c\x03a\nb\x8c\x01c\x93.", "it asks for a b.c"),
+    (pickle.dumps([1, 2]), r"expected a dict, got \[1, 2\]"),
+    (pickle.dumps({"a": 5}), ""), (pickle.dumps({"a": "text"}), ""),
+    (pickle.dumps({"a": [5]}), ""), (pickle.dumps({"a": [["a", 5]]}), "")])
 def test_a_pickle_of_captions_executes_nothing(tmp_path, monkeypatch, content, message):
+    """And captions that are none are one line, with the list that asks for them."""
     monkeypatch.chdir(tmp_path)
-    write(tmp_path, train_list__txt="a\n", test_list__txt="a\n", **{"raw-captions__pkl": content})
-    write_videos(tmp_path, "a.avi")
-    with pytest.raises(InputError, match=message) as error:
+    write(tmp_path, {"train_list.txt": "a\n", "test_list.txt": "a\n", "a.avi": b"",
+                     "raw-captions.pkl": content})
+    where = "raw-captions.pkl holds no captions: " if message else "train_list.txt: expected .*cap"
+    with pytest.raises(InputError, match=where + message) as error:
         main(["msvd", "."])
     assert "\n" not in str(error.value) and not (tmp_path / "executed").exists()
 
-@pytest.mark.parametrize("name, message", [("vatex", "no vatex_training_v1.0.json in "),
-                                           ("msvd", "no raw-captions.pkl in ")])
-def test_a_folder_without_annotation_or_videos_is_named(tmp_path, name, message):
-    with pytest.raises(InputError, match="no videos in "):
-        main([name, str(tmp_path)])
-    write_videos(tmp_path, "a.mp4")
-    with pytest.raises(InputError, match=message):
-        main([name, str(tmp_path)])
-    with pytest.raises(InputError, match="no folder .*nowhere"):
-        main([name, str(tmp_path / "nowhere")])
+def test_plain_containers_are_read_from_a_pickle(tmp_path, video):
+    write_dataset(tmp_path, "msvd", video)
+    captions = defaultdict(list, {"b_1_2": [("one", "b")], "t_5_6": ["t"]})
+    for content in (captions, OrderedDict(captions)):
+        write(tmp_path, {"raw-captions.pkl": pickle.dumps(content), "val_list.txt": "",
+                         "train_list.txt": "b_1_2"})
+        assert [clip["captions"] for clip in convert("msvd", tmp_path)] == [["one b"], ["t"]]
 
-@pytest.mark.parametrize("name", WRITERS)
-def test_mutated_annotations_give_a_valid_file_or_one_clear_error(tmp_path, name):
-    WRITERS[name](tmp_path)
-    good = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-    errors = 0
+@pytest.mark.parametrize("dataset, file", [
+    ("msvd", "raw-captions.pkl"), ("msvd", "train_list.txt"), ("msvd", "test_list.txt"),
+    ("vatex", "vatex_training_v1.0.json"), ("vatex", "vatex_validation_v1.0.json"),
+    ("vatex", "test_list.txt"), ("didemo", "train_data.json"), ("didemo", "test_data.json"),
+    ("activitynet", "train.json"), ("activitynet", "val_1.json")])
+def test_a_missing_annotation_is_named_with_the_folder(tmp_path, video, dataset, file):
+    write_dataset(tmp_path, dataset, video)
+    (tmp_path / file).unlink()
+    with pytest.raises(InputError, match=f"^no {file} in {tmp_path}$"):
+        main([dataset, str(tmp_path)])
+    assert not (tmp_path / "clips.jsonl").exists()
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_a_folder_without_videos_is_named(tmp_path, dataset):
+    write(tmp_path, DATASETS[dataset][0])
+    with pytest.raises(InputError, match=rf"^no videos \(.mp4 .*\) in {tmp_path}$"):
+        main([dataset, str(tmp_path)])
+    with pytest.raises(InputError, match=f"^no folder {tmp_path}/nowhere$"):
+        main([dataset, f"{tmp_path}/nowhere"])
+
+@pytest.mark.parametrize("dataset, files, flags, message", [
+    ("vatex", {"vatex_training_v1.0.json": vatex_records("b", "b")}, "",
+     "training_v1.0.json: expected each videoID only once"),
+    ("vatex", {"vatex_training_v1.0.json": [{"videoID": 5, "enCap": ["a"]}]}, "",
+     "training_v1.0.json: expected a videoID, got {'videoID': 5"),
+    ("vatex", {"vatex_training_v1.0.json": {}}, "", "training_v1.0.json: expected a list, got {}"),
+    ("vatex", {"vatex_training_v1.0.json": vatex_records("m", "n")}, "",
+     "training_v1.0.json: none of its 2 videos is in "),
+    ("vatex", {"test_list.txt": "\n"}, "", "test_list.txt: none of its 0 videos is in "),
+    ("vatex", {"test_list.txt": "d\nd\n"}, "", "test_list.txt: expected each clip only once"),
+    ("vatex", {"test_list.txt": "z\n"}, "", "test_list.txt: expected a list of captions, .*z.mp4"),
+    ("didemo", {"train_data.json": didemo_records(("x@N_1.mov", 5))}, "",
+     "train_data.json: expected captions that are not blank"),
+    ("didemo", {"train_data.json": ["x"]}, "", "train_data.json: expected a video, got 'x'"),
+    ("activitynet", {"train.json": []}, "", r"train.json: expected a dict, got \[\]"),
+    ("activitynet", {"train.json": {"v_b": {"sentences": "B."}}, "train_ids.json": [["v_b"]]}, "",
+     "train_ids.json: expected a list of captions"),
+    ("activitynet", {"train.json": {"v_b": {"sentences": ["B.", 5]}}}, "",
+     "train.json: expected captions that are not blank"),
+    ("activitynet", {}, "--out nowhere/clips.jsonl", "^--out nowhere/clips.jsonl: No such file"),
+    ("activitynet", {}, "--out clips.json", "^--out clips.json: .* ends in .jsonl"),
+])
+def test_what_makes_no_sense_is_one_line(tmp_path, monkeypatch, video, dataset, files, flags,
+                                         message):
+    monkeypatch.chdir(tmp_path)
+    write_dataset(tmp_path, dataset, video)
+    write(tmp_path, files)
+    with pytest.raises(InputError, match=message) as error:
+        main([dataset, ".", *flags.split()])
+    assert "\n" not in str(error.value) and not (tmp_path / "clips.jsonl").exists()
+
+def test_an_error_is_one_line_and_exit_code_2():
+    command = [sys.executable, "-m", "extras.datasets", "msvd", "nowhere"]
+    done = subprocess.run(command, cwd=Path(train.__file__).parent, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "extras.datasets: no folder nowhere\n"
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_50_mutated_annotations_give_a_valid_file_or_one_clear_error(tmp_path, video, dataset):
+    annotation, _, want = DATASETS[dataset]
+    write_dataset(tmp_path, dataset, video)
+    content = {file: (tmp_path / file).read_bytes() for file in sorted(annotation)}
+    outcomes = []
     for i in range(50):
-        chosen = sorted(good)[i % len(good)]
-        for file, content in good.items():
-            changed = mutate(content, np.random.default_rng(i)) if file == chosen else content
-            (tmp_path / file).write_bytes(changed)
+        file = list(content)[i % len(content)]
+        write(tmp_path, {**content, file: mutate(content[file], np.random.default_rng(i))})
         try:
-            main([name, str(tmp_path)])
-            train.load_json_lines(str(tmp_path / "clips.jsonl"))
+            main([dataset, str(tmp_path)])
+            data = train.load_json_lines(str(tmp_path / "clips.jsonl"))
+            assert data["train"] and data["test"]
+            outcomes.append("file")
         except InputError as error:
             assert "\n" not in str(error) and str(tmp_path) in str(error), error
-            errors += 1
-    assert errors > 10
+            outcomes.append("error")
+    assert outcomes.count("error") > 10 and "file" in outcomes
