@@ -245,8 +245,8 @@ def test_parameters_are_frozen_and_grouped_as_in_the_paper_and_a_step_moves_just
         assert group["betas"] == (0.9, 0.98) and group["eps"] == 1e-6
 
     before = {n: p.detach().clone() for n, p in real.named_parameters()}
-    ids = torch.randint(2, 32000, (2, real.num_tokens))
-    frames = torch.randint(0, 256, (2, 2, 3, 224, 224), dtype=torch.uint8)
+    ids = torch.randint(2, 32000, (1, real.num_tokens))
+    frames = torch.randint(0, 256, (1, 1, 3, 224, 224), dtype=torch.uint8)
     real(ids, torch.ones_like(ids, dtype=torch.bool), frames)[0].backward()
     optimizer = train.make_optimizer(real, train.Settings())
     for group in optimizer.param_groups:
@@ -265,28 +265,23 @@ def test_the_temporal_transformer_starts_as_the_text_encoders_first_layers(real)
 
 def test_weights_are_loaded_from_a_file(tmp_path):
     """The encoders and the temporal layers hold what open_clip saved."""
-    theirs, file = open_clip.create_model("ViT-B-32-quickgelu"), str(tmp_path / "weights.pt")
+    theirs, file = open_clip.create_model("ViT-S-32"), str(tmp_path / "weights.pt")
     torch.save(theirs.state_dict(), file)
-    model = VideoColBERT(Config(pretrained=file))
+    model = VideoColBERT(Config(backbone="ViT-S-32", pretrained=file))
     assert torch.equal(model.clip.visual.conv1.weight, theirs.visual.conv1.weight)
     weight = theirs.transformer.resblocks[3].mlp.c_fc.weight
     assert torch.equal(model.temporal.blocks[3].mlp.c_fc.weight, weight)
-    with pytest.raises(InputError, match="weights.pt' into ViT-B-16-quickgelu"):
-        VideoColBERT(Config(backbone="ViT-B-16-quickgelu", pretrained=file))
+    with pytest.raises(InputError, match="weights.pt' into ViT-S-16"):
+        VideoColBERT(Config(backbone="ViT-S-16", pretrained=file))
 
-@pytest.mark.parametrize("backbone", ["tiny", "ViT-B-16-SigLIP"])
-def test_mean_pooling_is_equation_1(backbone):
+def test_mean_pooling_is_equation_1():
     """cos(q, mean_n f_n) with open_clip's own pooled query, on F and on V without expansion."""
-    model = VideoColBERT(Config(backbone=backbone, pretrained=None, num_frames=3, interaction="mp"))
-    ids, mask = torch.randint(2, 32000, (2, 64)), torch.arange(64).expand(2, -1) == 63
-    theirs = ids
-    if backbone == "tiny":
-        ids, mask = model.tokenize(["a dog", "a small dog runs"])
-        assert mask.int().argmax(1).tolist() == [3, 5] and mask.sum() == 2
-        theirs = open_clip.get_tokenizer("ViT-B-32")(["a dog", "a small dog runs"])
-    size = model.image_size
+    model = VideoColBERT(Config(backbone="tiny", num_frames=3, interaction="mp"))
+    ids, mask = model.tokenize(["a dog", "a small dog runs"])
+    assert mask.int().argmax(1).tolist() == [3, 5] and mask.sum() == 2
+    theirs = open_clip.get_tokenizer("ViT-B-32")(["a dog", "a small dog runs"])
     with torch.no_grad():
-        F, V = model.encode_video(torch.randint(0, 256, (3, 3, 3, size, size), dtype=torch.uint8))
+        F, V = model.encode_video(pixels(3, 3))
         got = model.similarities(model.encode_query(ids, mask), mask, F, V)
         q = model.clip.encode_text(theirs, normalize=True)
     for sim, x in zip(got, (F, V[:, :3])):
@@ -617,8 +612,7 @@ def run_until(monkeypatch, flags, function, call):
         train.main(flags)
 
 @pytest.mark.parametrize("function, call, every", [
-    ("training_step", 0, 500), ("training_step", 1, 1), ("training_step", 3, 500),
-    ("save_checkpoint", 1, 500), ("evaluate", 1, 1), ("evaluate", 2, 500), ("result_rows", 0, 500)])
+    ("training_step", 1, 1), ("save_checkpoint", 1, 500), ("result_rows", 0, 500)])
 def test_a_killed_run_resumes_to_the_same_bytes(data, monkeypatch, function, call, every):
     flags = [*SMALL, "--data", "clips.jsonl", "--checkpoint-every", str(every)]
     train.main([*flags, "--out", "whole"])

@@ -110,11 +110,12 @@ def gather_lists(part):
         dist.all_gather_object(parts, part)
     return sum(parts, [])
 
-def gather_features(x, sizes):
-    """(sizes[RANK], ...) -> (sum(sizes), ...), in order of rank. Only this process's rows have a
-    gradient: all processes compute the same loss, so the sum of their gradients is complete."""
+def gather_features(x):
+    """The rows of all processes, in order of rank. Only this process's rows have a gradient: all
+    compute the same loss, so the sum of their gradients is complete."""
     if WORLD == 1:
         return x
+    sizes = gather_lists([len(x)])
     parts = [x.new_zeros(max(sizes), *x.shape[1:]) for _ in sizes]  # collectives want equal shapes
     dist.all_gather(parts, torch.cat([x.detach(), x.new_zeros(max(sizes) - len(x), *x.shape[1:])]))
     return torch.cat([x if r == RANK else parts[r][:size] for r, size in enumerate(sizes)])
@@ -253,8 +254,8 @@ def data_hash(data):
 CACHE_VERSION = 1                                   # raise it when sample_frames gives other pixels
 
 def cached_frames(clip, num_frames, size, cache, read=True):
-    """sample_frames of a clip, uint8 (num_frames, 3, size, size), through the cache. A file's name
-    changes with the video, its end is a checksum. Without `read`, only makes sure it is there."""
+    """sample_frames of a clip, uint8 (num_frames, 3, size, size), through the cache, or, without
+    `read`, only their checksum of 4 bytes. The file's name changes with the video."""
     try:
         with open(clip.path, "rb") as video:
             status, head = os.fstat(video.fileno()), zlib.crc32(video.read(2 ** 16))
@@ -263,22 +264,23 @@ def cached_frames(clip, num_frames, size, cache, read=True):
     key = [CACHE_VERSION, os.path.abspath(clip.path), status.st_size, status.st_mtime_ns, head,
            clip.start, clip.end, num_frames, size]
     file = Path(cache, hashlib.sha1(json.dumps(key).encode()).hexdigest())
+    length = num_frames * 3 * size ** 2
     if file.exists():
         if not read:
-            return None
-        pixels, checksum = np.split(np.fromfile(file, np.uint8), [num_frames * 3 * size ** 2])
+            return np.fromfile(file, np.uint8, offset=length).tobytes()
+        pixels, checksum = np.split(np.fromfile(file, np.uint8), [length])
         if checksum.tobytes() == zlib.crc32(pixels).to_bytes(4, "big"):
             return torch.from_numpy(pixels).view(num_frames, 3, size, size)
     frames = sample_frames(clip.path, num_frames, size, clip.start, clip.end)
+    checksum = zlib.crc32(frames.numpy()).to_bytes(4, "big")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_file(file, frames.numpy(), zlib.crc32(frames.numpy()).to_bytes(4, "big"))
+        write_file(file, frames.numpy(), checksum)
     except OSError as error:
         raise InputError(f"--cache {cache}: {error.strerror}") from None
-    return frames
+    return frames if read else checksum
 
-def load_frames(clips, s, size):
-    """Frames of clips, uint8 (B, N, 3, S, S)."""
+def load_frames(clips, s, size):                                  # uint8 (B, N, 3, S, S)
     return torch.stack([cached_frames(clip, s.num_frames, size, s.cache) for clip in clips])
 
 def prefetch(function, items, threads):
@@ -292,32 +294,33 @@ def prefetch(function, items, threads):
         while waiting:
             yield waiting.popleft().result()
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)
 
 def fill_cache(data, s, size):
-    """Decode what the cache lacks -> the clips that can be read, number of test clips that cannot.
-    Raises InputError if the result would mean little without those that cannot."""
-    def problem(clip):
+    """Decode what the cache lacks -> the clips of `data` that can be read, the number of test clips
+    that cannot, a checksum of all pixels. Raises InputError if too many cannot be read."""
+    def checksum_or_problem(clip):
         try:
-            cached_frames(clip, s.num_frames, size, s.cache, read=False)
+            return cached_frames(clip, s.num_frames, size, s.cache, read=False)
         except InputError as error:
             return str(error)
-    readable = {"train": [], "val": [], "test": []}
+    readable, pixels = {"train": [], "val": [], "test": []}, 0
     cores = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     for split in readable if s.epochs else ("test",):
         clips, mine = data[split], rank_slice(data[split])
-        found = prefetch(problem, mine, cores)
+        found = prefetch(checksum_or_problem, mine, cores)
         bar = tqdm(found, f"reading {split} clips", len(mine), disable=RANK > 0 or not mine)
-        problems = gather_lists(list(bar))
-        readable[split] = [clip for clip, problem in zip(clips, problems) if not problem]
-        problems = list(filter(None, problems))
+        found = gather_lists(list(bar))
+        readable[split] = [clip for clip, x in zip(clips, found) if isinstance(x, bytes)]
+        pixels = zlib.crc32(b"".join(x for x in found if isinstance(x, bytes)), pixels)
+        problems = [x for x in found if isinstance(x, str)]
         if RANK == 0 and problems:
             print(f"{split} clips that cannot be read:", *problems, sep="\n  ")
         allowed = len(clips) * (s.allow_missing if split == "test" else 0.01)
         if len(problems) > allowed or split != "val" and not readable[split]:
             raise InputError(f"{len(problems)} of {len(clips)} {split} clips cannot be read"
                              f"{', see --allow-missing' * (split == 'test')}")
-    return readable, len(problems)
+    return readable, len(problems), f"{pixels:08x}"
 
 # ---- Batches -------------------------------------------------------------------------------------
 def epoch_examples(clips, s, epoch):
@@ -331,8 +334,7 @@ def epoch_examples(clips, s, epoch):
     return [examples[i] for i in rng.permutation(len(examples))]
 
 def batches(clips, s):
-    """All batches of a run in order, lists of examples; an epoch's incomplete last one is dropped.
-    """
+    """All batches of a run in order, without an epoch's last one if it is incomplete."""
     for epoch in range(s.epochs):
         examples = epoch_examples(clips, s, epoch)
         for i in range(0, len(examples) - s.batch_size + 1, s.batch_size):
@@ -354,8 +356,7 @@ def make_optimizer(model, s):
     lr = dict(pretrained=s.lr_pretrained, new=s.lr, scale=10 * s.lr)  # scale and bias go far
     groups = {}
     for name, p in model.named_parameters():
-        kind = "pretrained" if name.startswith("clip.") else \
-            "scale" if name.startswith("logit_") else "new"
+        kind = "scale" if "logit_" in name else "pretrained" if name.startswith("clip.") else "new"
         if p.requires_grad:
             groups.setdefault((kind, p.ndim > 1), []).append(p)
     groups = [dict(params=params, name=kind, peak_lr=lr[kind], weight_decay=s.weight_decay * decays)
@@ -373,13 +374,12 @@ def autocast(device):
     """bf16 on CUDA. On a CPU it is emulated and slow, on MPS it gains nothing."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
-def training_step(model, optimizer, s, ids, mask, frames, positives, queries, videos):
-    """One step on this process's part of a batch -> (4,): loss, mean MMS_F and MMS_V of the true
-    pairs, gradient norm. `positives` (A, B) is the whole batch's, the rest counts per process."""
+def training_step(model, optimizer, s, ids, mask, frames, positives):
+    """One step on this process's queries and videos -> (4,): loss, mean MMS_F and MMS_V of the true
+    pairs, gradient norm. `positives` (A, B) is the whole batch's."""
     with autocast(frames.device):
         Q, (F, V) = model.encode_query(ids, mask), model.encode_video(frames)
-    Q, mask = gather_features(Q, queries), gather_features(mask, queries)
-    F, V = gather_features(F, videos), gather_features(V, videos)
+    Q, mask, F, V = (gather_features(x) for x in (Q, mask, F, V))
     loss, sim_F, sim_V = model.loss(Q, mask, F, V, positives)
     loss.backward()
     if WORLD > 1:
@@ -428,9 +428,7 @@ def train(model, data, s, device, out, data_id):
             tensors = [x.to(device, non_blocking=True) for x in tensors]
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * schedule(step, steps, s.warmup)
-            parts = [rank_slice(batch, rank) for rank in range(WORLD)]
-            queries = [sum(len(chosen) for _, chosen in part) for part in parts]
-            numbers = training_step(model, optimizer, s, *tensors, queries, list(map(len, parts)))
+            numbers = training_step(model, optimizer, s, *tensors)
             lr = {group["name"]: group["lr"] for group in optimizer.param_groups}
             epoch, ends_epoch = step // per_epoch, (step + 1) % per_epoch == 0
             unread.append((dict(step=step, epoch=epoch, lr=lr), batch, numbers))
@@ -557,7 +555,7 @@ def run(s, device):
     if s.compile:
         for module in (model.clip.visual, model.clip.text.transformer, model.temporal):
             module.compile()                     # in place, so that the parameters keep their names
-    data, missing = fill_cache(data, s, model.image_size)
+    data, missing, pixels = fill_cache(data, s, model.image_size)
     out = Path(gather_lists([s.resume or str(new_folder(s))] if RANK == 0 else [])[0])
     if s.epochs:
         train(model, data, s, device, out, data_id)
@@ -570,7 +568,7 @@ def run(s, device):
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         machine = f"{WORLD} x {name}, torch {torch.__version__}, commit {git.stdout.strip()}"
         record = dict(evaluation=rows, gallery=len(data["test"]), missing=missing, data=data_id,
-                      machine=machine)
+                      pixels=pixels, machine=machine)
         with open(out / "log.jsonl", "a") as log:
             log.write(json.dumps(record) + "\n")
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
@@ -613,8 +611,10 @@ def run_main(main, name):
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
-        print(f"{name}: {str(error) or 'stopped'}", file=sys.stderr)
-        sys.exit(130)
+        if RANK == 0:
+            print(f"{name}: {str(error) or 'stopped; run it again, or --resume'}", file=sys.stderr)
+        sys.stdout.flush()
+        os._exit(130)                                             # without waiting for threads
 
 if __name__ == "__main__":
     run_main(main, "train.py")

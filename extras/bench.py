@@ -65,14 +65,14 @@ def unit_vectors(device, *shape):
     return normalize(torch.randn(*shape, device=device), dim=-1)
 
 def random_batch(s, model, device):
-    """What a training step takes: ids, mask, frames, positives, numbers of queries and videos."""
+    """What a training step takes: ids, mask, frames, positives."""
     B, A, size = s.batch_size, s.batch_size * s.captions_per_video, model.image_size
     frames = torch.randint(0, 256, (B, s.num_frames, 3, size, size), dtype=torch.uint8,
                            device=device)
     ids = torch.randint(2, 30000, (A, model.num_tokens), device=device)
     video = torch.arange(A, device=device)[:, None] // s.captions_per_video
     return (ids, torch.ones_like(ids, dtype=torch.bool), frames,
-            video == torch.arange(B, device=device), [A], [B])
+            video == torch.arange(B, device=device))
 
 # ---- Speed ---------------------------------------------------------------------------------------
 def bench_scores(device, forward_size=1000, both_size=128):
@@ -124,7 +124,7 @@ def bench_clips(s, size):
 def bench_step(s, model, device):
     """Where the time of a training step goes."""
     batch, optimizer = random_batch(s, model, device), train.make_optimizer(model, s)
-    ids, mask, frames, positives, (A,), _ = batch
+    (ids, mask, frames, positives), A = batch, len(batch[0])
     for group in optimizer.param_groups:
         group["lr"] = 0.0                                         # the weights stay as they are
 

@@ -130,7 +130,7 @@ def query_ranks(folder, device, score="MMS_FV"):
     text, the index of its clip, its rank, and its number of tokens without start and end."""
     model = VideoColBERT.load(folder).to(device)
     s = replace(read_settings(Settings, folder / "settings.json"), epochs=0)
-    data, _ = train.fill_cache(train.load_clips(s), s, model.image_size)
+    data, _, _ = train.fill_cache(train.load_clips(s), s, model.image_size)
     sim_F, sim_V, target = train.evaluate(model, data["test"], s, device)
     sims = {"F": sim_F, "V": sim_V, "FV": mms_fv(sim_F, sim_V),
             "RRF": reciprocal_rank_fusion(sim_F, sim_V)}

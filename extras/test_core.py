@@ -356,6 +356,19 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_before_a_checkpoint_holds_i
         train.main([*SMALL, "--data", "clips.jsonl", "--out", "a"])
     assert os.listdir("a/checkpoints") == ["step-00000002.pt"]
 
+def test_mean_pooling_of_siglip_is_equation_1():
+    """SigLIP pools its last token."""
+    model = VideoColBERT(Config(backbone="ViT-B-16-SigLIP", pretrained="none", num_frames=2,
+                                interaction="mp"))
+    ids, mask = torch.randint(2, 32000, (2, 64)), torch.arange(64).expand(2, -1) == 63
+    with torch.no_grad():
+        Q, q = model.encode_query(ids, mask), model.clip.encode_text(ids, normalize=True)
+        F, V = model.encode_video(torch.zeros(1, 2, 3, 224, 224, dtype=torch.uint8))
+        got = model.similarities(Q, mask, F, V)
+    for sim, x in zip(got, (F, V[:, :2])):
+        mean = torch.nn.functional.normalize(x.mean(1), dim=-1)
+        assert (sim - q @ mean.T).abs().max() < 1e-5
+
 # ---- Odd and damaged video files -----------------------------------------------------------------
 @pytest.mark.parametrize("size", [(98, 34), (33, 65), (176, 144), (2, 2)])
 def test_sample_frames_takes_odd_sizes_without_keeping_the_aspect_ratio(tmp_path, size):
@@ -489,6 +502,18 @@ def test_mutated_annotations_give_valid_clips_or_one_clear_error(tmp_path, kind)
     assert outcomes.count("error") > 10
 
 # ---- Checkpoints, signals and several processes --------------------------------------------------
+@pytest.mark.parametrize("function, call, every", [
+    ("training_step", 0, 500), ("training_step", 3, 500), ("evaluate", 1, 1), ("evaluate", 2, 500)])
+def test_a_run_killed_anywhere_and_twice_resumes_to_the_same_bytes(
+        data, monkeypatch, function, call, every):
+    """Also in the validation after an epoch, and in the evaluation at the end."""
+    flags = [*SMALL, "--data", "clips.jsonl", "--checkpoint-every", str(every)]
+    train.main([*flags, "--out", "whole"])
+    run_until(monkeypatch, [*flags, "--out", "a"], function, call)
+    run_until(monkeypatch, ["--resume", "a"], "result_rows", 0)
+    train.main(["--resume", "a"])
+    assert contents("a") == contents("whole")
+
 class Evil:
     def __reduce__(self):
         return os.system, ("touch executed",)
