@@ -140,17 +140,21 @@ class VideoIndex:
             reason = getattr(error, "strerror", None) or error
             raise InputError(f"{folder} is not a complete index: {reason}") from None
         if actual < expected or actual > expected and not unfinished:
-            advice = "remove the folder and" if actual < expected else "if no other process does,"
+            advice = "remove the folder and" if actual < expected else \
+                "it is being built, or its build was killed:"
             raise InputError(f"{folder} is not a complete index: {meta['vectors']} has {actual} "
                              f"bytes, not {expected}; {advice} run index again")
         return cls(folder, meta, device)
 
     def save(self):
-        """Cut from the array what the list does not name, then replace index.json."""
+        """Cut off what the array has beyond the list, replace index.json, remove an older array."""
         with open(self.folder / self.meta["vectors"], "ab") as file:
             file.truncate(2 * math.prod(array_shape(self.meta)))
             os.fsync(file.fileno())
         write_file(self.folder / "index.json", json.dumps(self.meta).encode())
+        for path in self.folder.glob("vectors-*.f16"):
+            if path.name != self.meta["vectors"]:
+                path.unlink()
 
     @classmethod
     def build(cls, root, model, folder, name="", batch_size=16, workers=4):
@@ -175,9 +179,6 @@ class VideoIndex:
                 meta = cls.load(folder, unfinished=True).update(meta, found)
             index = cls(folder, meta)
             index.save()
-            for path in index.folder.glob("vectors-*.f16"):
-                if path.name != meta["vectors"]:
-                    path.unlink()
             known = {path for path, *_ in index.videos}
             new = [[path, *status] for path, status in found.items() if path not in known]
             problems += index.add(new, model, batch_size, workers)
@@ -194,11 +195,12 @@ class VideoIndex:
                 change = f"it was made by {made_by}, not {meta['model'] or 'this one'}"
             raise InputError(f"{self.folder} cannot be updated, {change}: index into a new folder")
         if self.videos and not keep and self.meta["root"] != meta["root"]:
-            raise InputError(f"{self.folder} is an index of {self.meta['root']} and has none of the "
-                             f"videos in {meta['root']}: index into a new folder")
+            raise InputError(f"{self.folder} is an index of {self.meta['root']} and has none of "
+                             f"the videos in {meta['root']}: index into a new folder")
         array = self.meta["vectors"]
         if len(keep) < len(self.videos):
-            array = f"vectors-{int(array[len('vectors-'):-len('.f16')]) + 1}.f16"
+            number = int(array.removeprefix("vectors-").removesuffix(".f16"))
+            array = f"vectors-{number + 1}.f16"
             with open(self.folder / array, "wb") as file:
                 for i in range(0, len(keep), 1024):
                     file.write(self.vectors[keep[i:i + 1024]].numpy().tobytes())
