@@ -341,9 +341,9 @@ def write_file(path, *parts):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 # ---- Frames of a video file (section 5.2) --------------------------------------------------------
 def frame_times(path):

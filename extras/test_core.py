@@ -549,6 +549,74 @@ def test_a_full_disk_at_a_checkpoint_is_one_line_and_leaves_the_one_before(data,
     train.main(["--resume", "a"])
     assert contents("a") == contents("whole")
 
+def test_a_disk_that_is_full_when_a_run_begins_leaves_no_half_written_settings(data, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+    train.fill_cache(train.load_clips(train.Settings(data="clips.jsonl")),
+                     train.parse_settings([*SMALL, "--data", "clips.jsonl"]), 64)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match="runs/clips: No space left on device"):
+        train.main([*SMALL, "--data", "clips.jsonl"])
+    assert os.listdir("runs/clips") == []
+
+def test_the_record_of_a_run_tells_its_pixels_apart(data):
+    """The same from the decoder and from the cache, another after a video was replaced."""
+    flags, pixels = [*SMALL, "--data", "clips.jsonl", "--epochs", "0"], []
+    for out in "abc":
+        if out == "c":
+            write_clip(data / "5/clip.mp4", 30)
+        train.main([*flags, "--out", out])
+        pixels.append(records(out)[-1]["pixels"])
+    assert pixels[0] == pixels[1] != pixels[2] and len(pixels[0]) == 8
+
+def test_evaluation_does_not_depend_on_the_order_of_the_gallery(data):
+    """Bit by bit, although other clips then share a batch."""
+    s = train.parse_settings([*SMALL, "--data", "clips.jsonl"])
+    torch.manual_seed(0)
+    model, clips = VideoColBERT(s), []
+    for i in range(64):
+        path = write_clip(data / f"gallery/{i}.mp4", 1 + i % 40)
+        clips.append(train.Clip(str(path), [f"caption {i}"]))
+    order = torch.randperm(64)
+    F, V, _ = train.evaluate(model, clips, s, model.device)
+    F2, V2, _ = train.evaluate(model, [clips[i] for i in order], s, model.device)
+    for sim, permuted in ((F, F2), (V, V2)):
+        assert torch.equal(sim[order][:, order], permuted)
+
+def test_memory_stays_flat_over_a_run(data):
+    """The second half of 100 steps adds less than 20 MB."""
+    code = ("import resource, train; step, peaks = train.training_step, []\n"
+            "def counted(*args):\n"
+            "    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+            "    return step(*args)\n"
+            "train.training_step = counted\n"
+            f"train.main({[*SMALL, '--data', 'clips.jsonl', '--epochs', '50']})\n"
+            "print(peaks[99] - peaks[50])")
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(train.__file__)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env=environment)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) < 20_000                  # kB
+
+def test_ctrl_c_while_decoding_is_one_line_and_waits_for_no_thread(data):
+    """One clip is decoded and kept; another would take a minute more."""
+    code = ("import sys, time, train; sample = train.sample_frames\n"
+            "def slow(path, *args):\n"
+            "    time.sleep(60 if path.startswith('1') else 0)\n"
+            "    return sample(path, *args)\n"
+            "train.sample_frames, sys.argv[1:] = slow, "
+            f"{[*SMALL, '--data', 'clips.jsonl']}\n"
+            "train.run_main(train.main, 'train.py')")
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(train.__file__)}
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True,
+                               env=environment)
+    while not list(data.glob("data/cache/*")):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    last = process.communicate(timeout=30)[1].splitlines()[-1]
+    assert process.returncode == 130 and "train.py: stopped" in last
+    assert not list(data.glob("runs/*"))
+
 def test_a_signal_to_the_process_saves_a_checkpoint_and_prints_one_line(data):
     process = subprocess.Popen(
         [sys.executable, train.__file__, *SMALL, "--data", "clips.jsonl", "--epochs", "100000",

@@ -1,5 +1,8 @@
 """The synthetic clips: every test caption tells one video, and motion is seen only in order."""
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -58,3 +61,14 @@ def test_the_same_bytes_are_written_every_time_and_only_once(root, tmp_path):
     (tmp_path / "clips.jsonl").write_text(line)
     write_shapes(tmp_path, galleries=1)
     assert (tmp_path / "clips.jsonl").read_text() == line
+
+def test_two_processes_write_the_clips_once(tmp_path):
+    """The second waits for the first and uses what it wrote."""
+    code = f"from extras.shapes import write_shapes; write_shapes({str(tmp_path)!r}, galleries=0)"
+    command = [sys.executable, "-c", code]
+    folder = os.path.dirname(train.__file__)
+    both = [subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True) for _ in "ab"]
+    errors = [process.communicate()[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+    assert sum("writing" in error for error in errors) == 1
+    assert len(train.load_json_lines(str(tmp_path / "clips.jsonl"))["test"]) == 240
