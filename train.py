@@ -68,7 +68,7 @@ PRESETS = {                                                       # a later one 
     "tiny": dict(lr_pretrained=1e-3, lr=2e-3, freeze=False, learn_scale=True, logit_scale=3.0,
                  logit_bias=-10.0)}                               # trained from scratch
 
-NEUTRAL = {"out", "cache", "device", "workers", "checkpoint_every", "resume"}  # same result
+NEUTRAL = {"out", "cache", "device", "workers", "checkpoint_every", "resume", "allow_missing"}
 
 def parse_settings(argv):
     """Command line -> Settings. What is typed wins over PRESETS, and these over the defaults. With
@@ -76,6 +76,8 @@ def parse_settings(argv):
     parse = functools.partial(tyro.cli, Settings, args=argv, description=__doc__.partition("\n")[0])
     s = parse(default=Settings())
     run, default = s.resume or s.eval_only, Settings()
+    if s.resume and (s.out or s.eval_only):
+        raise InputError("--resume takes neither --out nor --eval-only")
     if run:
         saved = replace(read_settings(Settings, f"{run}/settings.json"), out="", resume="")
         s = parse(default=saved)
@@ -88,9 +90,10 @@ def parse_settings(argv):
     for name in ("loss", "data", "backbone") if not run else ():
         default = replace(default, **PRESETS.get(getattr(s, name), {}))
         s = parse(default=default)
-    positive = ["batch_size", "captions_per_video", "checkpoint_every", "workers"]
-    for name in positive + ["epochs", "eval_every", "seed", "warmup", "lr", "lr_pretrained"]:
-        if not getattr(s, name) >= (name in positive):            # NaN too
+    positive = {"batch_size", "captions_per_video", "checkpoint_every", "workers"}
+    for name in positive | {"epochs", "eval_every", "seed", "warmup", "lr", "lr_pretrained",
+                            "weight_decay", "max_grad_norm"}:
+        if not (name in positive) <= getattr(s, name) < 2 ** 63:  # NaN too
             raise InputError(f"--{name.replace('_', '-')} cannot be {getattr(s, name)}")
     if s.out and os.path.exists(s.out):
         raise InputError(f"--out {s.out} exists already: give a new folder, or --resume {s.out}")
@@ -169,7 +172,7 @@ def validate_clips(clips, sources):
                 ("the path of a video", is_text(clip.path) and "\0" not in clip.path),
                 ("a list of captions", captions),
                 ("captions that are not blank", all(is_text(caption) for caption in captions)),
-                ("0 <= start < end in seconds", numbers and 0 <= start < end),
+                ("0 <= start < end in seconds", numbers and 0 <= start < end and start < 1e9),
                 ("each clip only once", key not in seen)):
             if not is_met:
                 raise InputError(f"{source}: expected {expected}, got {str(clip)[:200]}")
@@ -254,8 +257,7 @@ def data_hash(data):
 CACHE_VERSION = 1                                   # raise it when sample_frames gives other pixels
 
 def cached_frames(clip, num_frames, size, cache, read=True):
-    """sample_frames of a clip, uint8 (num_frames, 3, size, size), through the cache, or, without
-    `read`, only their checksum of 4 bytes. The file's name changes with the video."""
+    """sample_frames of a clip through the cache; without `read`, only the pixels' checksum."""
     try:
         with open(clip.path, "rb") as video:
             status, head = os.fstat(video.fileno()), zlib.crc32(video.read(2 ** 16))
@@ -265,7 +267,7 @@ def cached_frames(clip, num_frames, size, cache, read=True):
            clip.start, clip.end, num_frames, size]
     file = Path(cache, hashlib.sha1(json.dumps(key).encode()).hexdigest())
     length = num_frames * 3 * size ** 2
-    if file.exists():
+    if file.exists() and file.stat().st_size == length + 4:
         if not read:
             return np.fromfile(file, np.uint8, offset=length).tobytes()
         pixels, checksum = np.split(np.fromfile(file, np.uint8), [length])
@@ -273,11 +275,7 @@ def cached_frames(clip, num_frames, size, cache, read=True):
             return torch.from_numpy(pixels).view(num_frames, 3, size, size)
     frames = sample_frames(clip.path, num_frames, size, clip.start, clip.end)
     checksum = zlib.crc32(frames.numpy()).to_bytes(4, "big")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_file(file, frames.numpy(), checksum)
-    except OSError as error:
-        raise InputError(f"--cache {cache}: {error.strerror}") from None
+    write_file(file, frames.numpy(), checksum)
     return frames if read else checksum
 
 def load_frames(clips, s, size):                                  # uint8 (B, N, 3, S, S)
@@ -298,29 +296,30 @@ def prefetch(function, items, threads):
 
 def fill_cache(data, s, size):
     """Decode what the cache lacks -> the clips of `data` that can be read, the number of test clips
-    that cannot, a checksum of all pixels. Raises InputError if too many cannot be read."""
-    def checksum_or_problem(clip):
+    that cannot, {split: checksum of pixels}. Raises InputError if too many cannot be read."""
+    def check(clip):
         try:
             return cached_frames(clip, s.num_frames, size, s.cache, read=False)
         except InputError as error:
+            if not str(error).startswith(clip.path):              # the cache's disk is full, say
+                raise
             return str(error)
-    readable, pixels = {"train": [], "val": [], "test": []}, 0
+    readable, pixels = {"train": [], "val": [], "test": []}, {}
     cores = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     for split in readable if s.epochs else ("test",):
         clips, mine = data[split], rank_slice(data[split])
-        found = prefetch(checksum_or_problem, mine, cores)
-        bar = tqdm(found, f"reading {split} clips", len(mine), disable=RANK > 0 or not mine)
+        bar = tqdm(prefetch(check, mine, cores), split, len(mine), disable=RANK or not mine)
         found = gather_lists(list(bar))
         readable[split] = [clip for clip, x in zip(clips, found) if isinstance(x, bytes)]
-        pixels = zlib.crc32(b"".join(x for x in found if isinstance(x, bytes)), pixels)
+        pixels[split] = zlib.crc32(b"".join(x for x in found if isinstance(x, bytes)))
         problems = [x for x in found if isinstance(x, str)]
         if RANK == 0 and problems:
-            print(f"{split} clips that cannot be read:", *problems, sep="\n  ")
+            print(f"{split} clips that cannot be read:", *problems, sep="\n  ", flush=True)
         allowed = len(clips) * (s.allow_missing if split == "test" else 0.01)
         if len(problems) > allowed or split != "val" and not readable[split]:
             raise InputError(f"{len(problems)} of {len(clips)} {split} clips cannot be read"
                              f"{', see --allow-missing' * (split == 'test')}")
-    return readable, len(problems), f"{pixels:08x}"
+    return readable, len(problems), pixels
 
 # ---- Batches -------------------------------------------------------------------------------------
 def epoch_examples(clips, s, epoch):
@@ -433,20 +432,21 @@ def train(model, data, s, device, out, data_id):
             epoch, ends_epoch = step // per_epoch, (step + 1) % per_epoch == 0
             unread.append((dict(step=step, epoch=epoch, lr=lr), batch, numbers))
             bar.update()
-            stops = any(gather_lists(signals))
-            saves = stops or ends_epoch or (step + 1) % s.checkpoint_every == 0
-            if saves or not cuda or len(unread) == 10:      # reading at each step would stall a GPU
+            if ends_epoch or not cuda or len(unread) == 10:      # reading at each step stalls a GPU
                 write_log(log, bar, clips, unread, out)
             for split, every in (("val", 1), ("test", s.eval_every)):  # they select no checkpoint
-                if ends_epoch and not stops and data[split] and every and (epoch + 1) % every == 0:
+                if ends_epoch and data[split] and every and (epoch + 1) % every == 0:
                     sim_F, sim_V, target = evaluate(model, data[split], s, device)
                     recall = retrieval_metrics(mms_fv(sim_F, sim_V), target)["R@1"]
                     log.write(json.dumps({"epoch": epoch, f"{split} R@1": recall}) + "\n")
                     model.train()
-            if saves and RANK == 0:
-                save_checkpoint(out / "checkpoints", dict(
-                    step=step + 1, log=log.tell(), rng=torch.get_rng_state(), data=data_id,
-                    model=model.state_dict(), optimizer=optimizer.state_dict()))
+            stops = any(gather_lists(signals))
+            if stops or ends_epoch or (step + 1) % s.checkpoint_every == 0:
+                write_log(log, bar, clips, unread, out)
+                if RANK == 0:
+                    save_checkpoint(out / "checkpoints", dict(
+                        step=step + 1, log=log.tell(), rng=torch.get_rng_state(), data=data_id,
+                        model=model.state_dict(), optimizer=optimizer.state_dict()))
             if stops:
                 raise KeyboardInterrupt(f"stopped after step {step}; resume with --resume {out}")
     handle_signals(signal.default_int_handler)
@@ -473,12 +473,11 @@ def save_checkpoint(folder, state):
     checksum = hashlib.sha256(data.getbuffer()).hexdigest().encode()
     path = folder / f"step-{state['step']:08d}.pt"
     try:
-        folder.mkdir(exist_ok=True)
         write_file(path, checksum, b"\n", data.getbuffer())
-    except OSError as error:
+    except InputError as error:
         last = max(folder.glob("*.pt"), default="none")
-        raise InputError(f"cannot write {path}: {error.strerror}; last good one: {last}") from None
-    for old in sorted(folder.glob("*.pt"))[:-2]:
+        raise InputError(f"{error}; last good checkpoint: {last}") from None
+    for old in sorted(folder.glob("*.pt"), key=os.path.getmtime)[:-2]:  # a damaged one may be later
         old.unlink()
 
 def load_checkpoint(folder):
@@ -532,44 +531,46 @@ def finished(out):
 def new_folder(s):
     """Make the folder of a new run, --out or the first free of runs/NAME, runs/NAME-2, ..."""
     name = f"runs/{Path(s.data).stem}{'-eval' * bool(s.eval_only)}"
-    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-    out = Path(s.out or next(name for name in names if not os.path.exists(name)))
-    try:
-        out.mkdir(parents=True)
-        write_file(out / "settings.json", json.dumps(asdict(s), indent=2).encode())
-    except OSError as error:
-        raise InputError(f"{out}: {error.strerror}") from None
-    return out
+    for number in itertools.count(1):
+        out = Path(s.out or (name if number == 1 else f"{name}-{number}"))
+        try:
+            out.mkdir(parents=True)
+            write_file(out / "settings.json", json.dumps(asdict(s), indent=2).encode())
+            return out
+        except OSError as error:
+            if s.out or not isinstance(error, FileExistsError):
+                raise InputError(f"{out}: {error.strerror}") from None
 
 def run(s, device):
     """Train and evaluate as the settings say -> the folder of the run."""
     data = load_clips(s)                                          # before any weights are fetched
     data_id = data_hash(data)
+    for split in ("train", "test") if s.epochs else ("test",):
+        if not data[split]:
+            raise InputError(f"{s.data} has no {split} clips")
     if record := s.resume and finished(s.resume):
         if record["data"] != data_id:
             raise InputError(f"{s.resume} was run on other clips or captions: start a new run")
         return Path(s.resume)
     torch.manual_seed(s.seed)
-    model = VideoColBERT.load(s.eval_only) if s.eval_only else VideoColBERT(s)
-    model.to(device)
+    model = (VideoColBERT.load(s.eval_only) if s.eval_only else VideoColBERT(s)).to(device)
     if s.compile:
         for module in (model.clip.visual, model.clip.text.transformer, model.temporal):
             module.compile()                     # in place, so that the parameters keep their names
     data, missing, pixels = fill_cache(data, s, model.image_size)
     out = Path(gather_lists([s.resume or str(new_folder(s))] if RANK == 0 else [])[0])
     if s.epochs:
-        train(model, data, s, device, out, data_id)
+        train(model, data, s, device, out, f"{data_id} {pixels['train']}")
     rows = result_rows(*evaluate(model, data["test"], s, device), model.config.interaction)
     if RANK == 0:
         if not s.eval_only:
             model.save(out)
-        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
-                             capture_output=True, text=True)
+        commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' describe --always --dirty")
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        machine = f"{WORLD} x {name}, torch {torch.__version__}, commit {git.stdout.strip()}"
+        machine = f"{WORLD} x {name}, torch {torch.__version__}, commit {commit}"
         record = dict(evaluation=rows, gallery=len(data["test"]), missing=missing, data=data_id,
                       pixels=pixels, machine=machine)
-        with open(out / "log.jsonl", "a") as log:
+        with open(out / "log.jsonl", "a" if s.epochs else "w") as log:
             log.write(json.dumps(record) + "\n")
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
     return out
@@ -612,8 +613,7 @@ def run_main(main, name):
         sys.exit(2)
     except KeyboardInterrupt as error:
         if RANK == 0:
-            print(f"{name}: {str(error) or 'stopped; run it again, or --resume'}", file=sys.stderr)
-        sys.stdout.flush()
+            print(f"{name}: {str(error) or 'stopped: run it again, or --resume'}", file=sys.stderr)
         os._exit(130)                                             # without waiting for threads
 
 if __name__ == "__main__":

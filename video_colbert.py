@@ -10,6 +10,7 @@
 Shapes: A queries, B videos, M query tokens, N frames, E visual expansion tokens, d the width of the
 joint embedding. Section, equation and table numbers are the paper's.
 """
+import contextlib
 import copy
 import difflib
 import json
@@ -213,6 +214,8 @@ class VideoColBERT(nn.Module):
         self.num_tokens = longest if self.is_siglip else config.num_tokens
         if not 3 <= self.num_tokens <= longest:
             raise InputError(f"num_tokens must be 3 to {longest}, not {self.num_tokens}")
+        if not 0 <= config.pad_token < text.token_embedding.num_embeddings:
+            raise InputError(f"pad_token cannot be {config.pad_token}")
         self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1))  # saved with the model
         self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1))
         self.temporal = TemporalTransformer(config, text)
@@ -306,7 +309,6 @@ class VideoColBERT(nn.Module):
     def save(self, folder):
         """Write config.json and model.safetensors into `folder`, each completely or not at all."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         weights = {name: p.detach().cpu().contiguous() for name, p in self.state_dict().items()}
         config = {f.name: getattr(self.config, f.name) for f in fields(Config)}
         write_file(folder / "model.safetensors", safetensors.torch.save(weights))
@@ -333,17 +335,20 @@ def read_settings(cls, path):
         raise InputError(f"{path} does not hold settings: {shorten(str(error), 200)}") from None
 
 def write_file(path, *parts):
-    """Write bytes to a file completely or not at all, by renaming a temporary file."""
+    """Write bytes to a file completely or not at all, by renaming a temporary file. Its folder is
+    made. Raises InputError, which names the file, if the disk is full, say."""
     temporary = Path(f"{path}.{threading.get_native_id()}.part")
     try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise InputError(f"{path}: {error.strerror}") from None
 
 # ---- Frames of a video file (section 5.2) --------------------------------------------------------
 def frame_times(path):
