@@ -627,8 +627,8 @@ def test_a_few_clips_are_overfitted_from_file_to_recall(tmp_path):
     for i in range(12):
         color = np.full((32, 48, 3), [85 * (i % 4), 127 * (i // 4), 60], np.uint8)
         path = write_clip(tmp_path / f"{i}.mp4", 6, picture=color)
-        clips.append(train.Clip(str(path), [f"color {'abcdefghijkl'[i]}"]))
-    s = train.parse_settings(["--num-frames", "2", "--num-tokens", "8", "--epochs", "80",
+        clips.append(train.Clip(str(path), [f"color {'abcdefghijkl'[i]}"] * 10))
+    s = train.parse_settings(["--num-frames", "2", "--num-tokens", "8", "--epochs", "20",
                               "--batch-size", "12", "--cache", f"{tmp_path}/cache"])
     model, data = VideoColBERT(s), {"train": clips, "val": [], "test": clips}
     train.train(model, data, s, torch.device("cpu"), tmp_path, "data")

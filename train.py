@@ -39,13 +39,13 @@ from video_colbert import (Config, InputError, VideoColBERT, mms_fv, read_settin
 # ---- Settings: the command line. Defaults are the paper's or, where illegible, DRL's recipe. -----
 @dataclass
 class Settings(Config):
-    data: str = "shapes"            # shapes (synthetic clips), msrvtt, or a JSON-lines file
+    data: str = "shapes"            # shapes (PRESETS change its defaults), msrvtt or FILE.jsonl
     root: str = ""                  # folder of the dataset; default data/NAME
     out: str = ""                   # folder of the run, must be new; default runs/NAME
     cache: str = "data/cache"       # folder of decoded frames, safe to delete
     epochs: int = 5                 # passes over all captions (Table 10 is illegible; DRL's)
     batch_size: int = 128           # videos per step, over all processes together (likewise)
-    captions_per_video: int = 1     # captions per video in a batch, which encodes the video once
+    captions_per_video: int = 1     # captions per video in a batch; the video is encoded once
     lr_pretrained: float = 1e-7     # learning rate of the pre-trained encoders (5.2, Table 9)
     lr: float = 1e-4                # learning rate of everything new (section 5.2, Table 9)
     weight_decay: float = 0.01      # Table 9; none on biases and norms, as in CLIP4Clip
@@ -61,7 +61,7 @@ class Settings(Config):
     eval_only: str = ""             # evaluate the model of this run, on --data if it is given
     allow_missing: bool = False     # evaluate without the test clips that cannot be read
 
-PRESETS = {                                                       # a later one wins
+PRESETS = {                                                       # applied from top to bottom
     "infonce": dict(learn_scale=True, logit_scale=4.6052),        # section 4.3; CLIP's own scale
     "shapes": dict(backbone="tiny", num_frames=6, num_tokens=12, epochs=45, batch_size=64,
                    captions_per_video=2),
@@ -90,10 +90,10 @@ def parse_settings(argv):
     for name in ("loss", "data", "backbone") if not run else ():
         default = replace(default, **PRESETS.get(getattr(s, name), {}))
         s = parse(default=default)
-    positive = {"batch_size", "captions_per_video", "checkpoint_every", "workers"}
-    for name in positive | {"epochs", "eval_every", "seed", "warmup", "lr", "lr_pretrained",
-                            "weight_decay", "max_grad_norm"}:
-        if not (name in positive) <= getattr(s, name) < 2 ** 63:  # NaN too
+    least = dict(batch_size=1, captions_per_video=1, checkpoint_every=1, workers=1, epochs=0, lr=0,
+                 lr_pretrained=0, warmup=0, weight_decay=0, max_grad_norm=0, seed=0, eval_every=0)
+    for name, smallest in least.items():
+        if not smallest <= getattr(s, name) < 2 ** 63:            # NaN too
             raise InputError(f"--{name.replace('_', '-')} cannot be {getattr(s, name)}")
     if s.out and os.path.exists(s.out):
         raise InputError(f"--out {s.out} exists already: give a new folder, or --resume {s.out}")
@@ -124,7 +124,7 @@ def gather_features(x):
     return torch.cat([x if r == RANK else parts[r][:size] for r, size in enumerate(sizes)])
 
 def sum_gradients(model):
-    """Add up all processes' gradients. The scale and bias have the same in each: averaged."""
+    """Add up all processes' gradients. Those of the loss's scale and bias are equal: averaged."""
     named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
     flat = torch.cat([grad.flatten() / (WORLD if name.startswith("logit_") else 1)
                       for name, grad in named])
@@ -205,7 +205,7 @@ def load_msrvtt(root):
     rows = read_file(test_csv[0], lambda file: list(csv.DictReader(file)))
     tested = [row.get("video_id") for row in rows]
     test = clips(test_csv[0], tested, [[row.get("sentence")] for row in rows])
-    names = [name for name in captions if name not in set(tested)]  # 9k is all that is not 1k-A
+    names = [name for name in captions if name not in set(tested)]  # all but the test
     if train_csv:
         rows = read_file(train_csv[0], lambda file: list(csv.DictReader(file)))
         names = [row.get("video_id") for row in rows]
@@ -233,7 +233,7 @@ def load_json_lines(path):
     return {split: validate_clips(clips[split], sources[split]) for split in clips}
 
 def load_clips(s):
-    """--data and --root -> {"train": [clips], "val": ..., "test": ...}, from annotations alone."""
+    """--data and --root -> {"train": [clips], "val": ..., "test": ...}, without opening a video."""
     root, file = s.root or f"data/{s.data}", s.data
     if s.data == "msrvtt":
         return load_msrvtt(root)
@@ -248,7 +248,7 @@ def load_clips(s):
     return load_json_lines(file)
 
 def data_hash(data):
-    """Tells data apart by captions, clips, and the video files that are there."""
+    """A hash of the captions, the clips, and which video files exist."""
     clips = [(os.path.basename(clip.path), *clip[1:], os.path.exists(clip.path))
              for split in ("train", "val", "test") for clip in data[split]]
     return hashlib.sha256(json.dumps(clips).encode()).hexdigest()
@@ -318,8 +318,8 @@ def fill_cache(data, s, size):
         allowed = len(clips) * (s.allow_missing if split == "test" else 0.01)
         if len(problems) > allowed or split != "val" and not readable[split]:
             raise InputError(f"{len(problems)} of {len(clips)} {split} clips cannot be read"
-                             f"{', see --allow-missing' * (split == 'test')}")
-    return readable, len(problems), pixels
+                             + (", see --allow-missing" if split == "test" else ""))
+    return readable, len(problems), pixels                    # the problems of test, the last split
 
 # ---- Batches -------------------------------------------------------------------------------------
 def epoch_examples(clips, s, epoch):
@@ -352,7 +352,7 @@ def positive_pairs(clips, batch):
 def make_optimizer(model, s):
     """Adam with decoupled weight decay, in groups of pre-trained and new parameters and of the
     loss's scale and bias. One-dimensional parameters do not decay, as in CLIP4Clip."""
-    lr = dict(pretrained=s.lr_pretrained, new=s.lr, scale=10 * s.lr)  # scale and bias go far
+    lr = dict(pretrained=s.lr_pretrained, new=s.lr, scale=10 * s.lr)  # scale, bias have far to go
     groups = {}
     for name, p in model.named_parameters():
         kind = "scale" if "logit_" in name else "pretrained" if name.startswith("clip.") else "new"
@@ -434,7 +434,7 @@ def train(model, data, s, device, out, data_id):
             bar.update()
             if ends_epoch or not cuda or len(unread) == 10:      # reading at each step stalls a GPU
                 write_log(log, bar, clips, unread, out)
-            for split, every in (("val", 1), ("test", s.eval_every)):  # they select no checkpoint
+            for split, every in (("val", 1), ("test", s.eval_every)):  # only logged
                 if ends_epoch and data[split] and every and (epoch + 1) % every == 0:
                     sim_F, sim_V, target = evaluate(model, data[split], s, device)
                     recall = retrieval_metrics(mms_fv(sim_F, sim_V), target)["R@1"]
@@ -452,7 +452,7 @@ def train(model, data, s, device, out, data_id):
     handle_signals(signal.default_int_handler)
 
 def write_log(log, bar, clips, unread, out):
-    """Log the last steps, or raise InputError before a checkpoint holds what is not finite."""
+    """Log the steps since the last call. InputError if a loss or gradient norm is not finite."""
     for line, batch, numbers in unread:
         loss, mms_f, mms_v, norm = numbers.tolist()
         if not math.isfinite(loss + norm):
@@ -477,7 +477,7 @@ def save_checkpoint(folder, state):
     except InputError as error:
         last = max(folder.glob("*.pt"), default="none")
         raise InputError(f"{error}; last good checkpoint: {last}") from None
-    for old in sorted(folder.glob("*.pt"), key=os.path.getmtime)[:-2]:  # a damaged one may be later
+    for old in sorted(folder.glob("*.pt"), key=os.path.getmtime)[:-2]:  # steps may mislead
         old.unlink()
 
 def load_checkpoint(folder):
@@ -511,7 +511,7 @@ def evaluate(model, clips, s, device):
 def results_table(record):
     """The last record of a run's log as a table to print."""
     note = f", {record['missing']} test clips missing: not comparable" if record["missing"] else ""
-    names = list(record["evaluation"][0])[3:]
+    names = list(record["evaluation"][0])[3:]                     # the metrics
     lines = [f"gallery of {record['gallery']} clips{note}",
              f"{'':15}queries  score  " + "".join(f"{name:>9}" for name in names)]
     for row in record["evaluation"]:

@@ -54,7 +54,7 @@ class Config:
     logit_scale: float = 4.77             # log t of equation 6, SigLIP's value (section 6)
     logit_bias: float = -12.93            # b of equation 6, SigLIP's value (section 6)
     learn_scale: bool = False             # train log t and b; the paper fixes them (section 6)
-    freeze: bool = True                   # keep positions, patch and token embeddings (section 5.2)
+    freeze: bool = True                   # freeze positions, patch and token embeddings (5.2)
 
 # ---- Interaction (section 4.1) -------------------------------------------------------------------
 def mean_max_sim(Q, V, mask=None):
@@ -65,7 +65,7 @@ def mean_max_sim(Q, V, mask=None):
     """
     A, M, B, N = *Q.shape[:2], *V.shape[:2]
     dtype = torch.promote_types(Q.dtype, torch.float32)      # bf16 is too coarse for a scale of 118
-    frames = V.to(dtype).transpose(0, 1).flatten(0, 1)            # (N B, d)
+    frames = V.to(dtype).transpose(0, 1).flatten(0, 1)         # (N B, d): frames first, a fast amax
     weight = torch.ones_like(Q[..., 0]) if mask is None else mask  # (A, M)
     weight = weight.to(dtype) / weight.sum(1, keepdim=True)       # 1/M for the tokens that count
 
@@ -82,7 +82,7 @@ def mean_max_sim(Q, V, mask=None):
         return torch.cat([mms(q, w) for q, w in pieces])
 
 def mms_fv(mms_f, mms_v):
-    """Equation 5: the score of a video is the sum of its two levels. Any two equal shapes."""
+    """Equation 5: the score of a video is the sum of its two levels. Both have the same shape."""
     return mms_f + mms_v
 
 # ---- Losses (section 4.3) ------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def sigmoid_loss(sim, positives=None, logit_scale=4.77, logit_bias=-12.93):
         positives = torch.eye(*sim.shape, dtype=torch.bool, device=sim.device)
     z = torch.where(positives, 1.0, -1.0)                         # (A, B)
     t = torch.as_tensor(logit_scale, dtype=sim.dtype, device=sim.device).exp()  # exp(4.77) = 118
-    return -logsigmoid(z * (t * sim + logit_bias)).sum() / len(sim)  # over B, not B squared
+    return -logsigmoid(z * (t * sim + logit_bias)).sum() / len(sim)  # over A queries, not all pairs
 
 def info_nce_loss(sim, positives=None, logit_scale=4.6052, logit_bias=0.0):
     """The baseline of section 4.3 on similarities (A, B) -> scalar, averaged over both directions.
@@ -113,7 +113,7 @@ LOSSES = {"sigmoid": sigmoid_loss, "infonce": info_nce_loss}      # --loss choos
 
 def dual_loss(sim_F, sim_V, positives=None, loss=sigmoid_loss, lambda_frame=1.0, lambda_video=1.0,
               **scale):
-    """Equation 7: one loss on MMS_F and one on MMS_V, both (A, B); each level stands alone."""
+    """Equation 7: one loss on MMS_F and one on MMS_V, both (A, B), so each must rank well."""
     loss_F, loss_V = loss(sim_F, positives, **scale), loss(sim_V, positives, **scale)
     return lambda_frame * loss_F + lambda_video * loss_V
 
@@ -171,7 +171,7 @@ def load_backbone(name, pretrained):
 class TemporalTransformer(nn.Module):
     """Contextualises the frames of a video (sections 4.1, 4.2): f (B, N, d) -> (B, N + E, d).
     The layers start as the text encoder's first ones, weights included (the paper is silent on the
-    weights; CLIP4Clip, X-CLIP and DRL do this). A deeper stack starts again from the first.
+    weights; CLIP4Clip, X-CLIP and DRL do this). If there are more, they repeat from its first.
     """
 
     def __init__(self, config, text):
@@ -179,7 +179,7 @@ class TemporalTransformer(nn.Module):
         blocks, d = text.transformer.resblocks, text.output_dim
         layers = [copy.deepcopy(blocks[i % len(blocks)]) for i in range(config.temporal_layers)]
         self.blocks = nn.ModuleList(layers)
-        size = 0.9 if config.backbone == "tiny" else 0.3          # about that of the features
+        size = 0.9 if config.backbone == "tiny" else 0.3     # near the features' size; paper silent
         self.frame_positions = nn.Parameter(size * torch.randn(config.num_frames, d))
         self.visual_expansion = nn.Parameter(0.02 * torch.randn(config.visual_expansion, d))
 
@@ -261,7 +261,7 @@ class VideoColBERT(nn.Module):
 
     def encode_query(self, ids, mask):
         """ids (A, M), mask (A, M) from tokenize -> Q float32 (A, M, d), unit vectors, 0 if masked.
-        open_clip projects one token, here all are. CLIP's causal mask hides pads from the words.
+        open_clip projects one token; here all are. CLIP's causal mask hides pads from the words.
         """
         text, M = self.clip.text, ids.shape[1]
         causal = None if text.attn_mask is None else text.attn_mask[:M, :M]
@@ -328,15 +328,15 @@ class VideoColBERT(nn.Module):
         return model.eval()
 
 def read_settings(cls, path):
-    """A settings dataclass from JSON. Missing fields have their default, others are InputErrors."""
+    """A settings dataclass from JSON. Missing fields get their default; InputError for others."""
     try:
         return cls(**json.loads(Path(path).read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path} does not hold settings: {shorten(str(error), 200)}") from None
 
 def write_file(path, *parts):
-    """Write bytes to a file completely or not at all, by renaming a temporary file. Its folder is
-    made. Raises InputError, which names the file, if the disk is full, say."""
+    """Write bytes to a file completely or not at all, by renaming a temporary file. Creates the
+    folder. Raises InputError that names the file, for example if the disk is full."""
     temporary = Path(f"{path}.{threading.get_native_id()}.part")
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -352,8 +352,8 @@ def write_file(path, *parts):
 
 # ---- Frames of a video file (section 5.2) --------------------------------------------------------
 def frame_times(path):
-    """When a video shows its frames: sorted ticks, end of the last, seconds per tick, whether ticks
-    are presentation times. From the packets, because container headers are unreliable."""
+    """-> sorted times of the frames in ticks, end of the last frame, seconds per tick, and whether
+    ticks are presentation times or count frames. Container headers are too unreliable for this."""
     with av.open(str(path), metadata_errors="ignore") as container:
         stream = container.streams.best("video")
         if stream is None or stream.codec_context is None:
@@ -380,8 +380,9 @@ def upright_pixels(frame, size):
     return pixels[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
 
 def sample_frames(path, num_frames, size, start=0.0, end=None, times=None):
-    """TSN-style sampling: the frame on screen at the middle of each of `num_frames` equal segments
-    of a video, or of its part from `start` to `end` in seconds. `times` is frame_times(path).
+    """TSN-style sampling: the frame on screen in the middle (the paper is silent on where) of each
+    of `num_frames` equal segments of a video, or of its part from `start` to `end` in seconds.
+    `times` is frame_times(path).
 
     -> uint8 (num_frames, 3, size, size), RGB, resized without keeping the aspect ratio. A clip with
     fewer frames repeats them. Raises InputError, which names the file, if no frame can be had.
@@ -389,7 +390,7 @@ def sample_frames(path, num_frames, size, start=0.0, end=None, times=None):
     try:
         ticks, last, tick, are_pts = times or frame_times(path)
         first = ticks[0] + start / tick if ticks else last
-        last = last if end is None else min(last, ticks[0] + end / tick)
+        last = last if end is None or not ticks else min(last, ticks[0] + end / tick)
         if not first < last:
             raise InputError(f"{path}: no frames between start {start} and end {end}, in seconds")
         middles = first + (np.arange(num_frames) + 0.5) / num_frames * (last - first)
@@ -435,26 +436,25 @@ def retrieval_metrics(sim, target):
             "MdR": rank.quantile(0.5).item(), "MnR": rank.mean().item()}
 
 def video_to_text(sim, target):
-    """sim (A, B), target (A,) -> the same the other way round (G, G), (G,), for retrieval_metrics.
-    As usual since CLIP4Clip: the captions of a video form a group that scores as its best one.
-    """
+    """sim (A, B), target (A,) -> sim (G, G), target (G,): each of the G videos that have captions
+    ranks the G groups of captions. A group scores as its best caption, as usual since CLIP4Clip."""
     videos, group = torch.as_tensor(target).unique(return_inverse=True)  # (G,), (A,)
     best = sim.new_full((len(videos), sim.shape[1]), -torch.inf)  # (G, B)
     best = best.scatter_reduce(0, group[:, None].expand_as(sim), sim, "amax")
     return best.T[videos], torch.arange(len(videos))
 
 def reciprocal_rank_fusion(sim_F, sim_V, k=60):
-    """Two rankings (A, B) fused by 1 / (k + rank) instead of adding scores (section 6)."""
+    """Similarities (A, B) twice -> the sum of 1 / (k + rank) (section 6); ties count as misses."""
     def rank(sim):                                                # 1 is best, ties rank last
         return sim.shape[1] - torch.searchsorted(sim.sort(1).values, sim.contiguous())
     return 1 / (k + rank(sim_F).double()) + 1 / (k + rank(sim_V).double())
 
 def result_rows(sim_F, sim_V, target, interaction="mms"):
     """Metrics of Table 3's scores, text to video and video to text -> a list of dictionaries."""
-    there, rows, name = (sim_F, sim_V, mms_fv(sim_F, sim_V)), [], interaction.upper()
-    back, goals = zip(*(video_to_text(sim, target) for sim in there))
-    for direction, sims, goal in (("text to video", there, target),
-                                  ("video to text", back, goals[0])):
+    to_video, rows, name = (sim_F, sim_V, mms_fv(sim_F, sim_V)), [], interaction.upper()
+    to_text, targets = zip(*(video_to_text(sim, target) for sim in to_video))
+    for direction, sims, goal in (("text to video", to_video, target),
+                                  ("video to text", to_text, targets[0])):
         scores = dict(zip((f"{name}_F", f"{name}_V", f"{name}_FV"), sims))
         scores["RRF"] = reciprocal_rank_fusion(sims[0], sims[1])
         for score, sim in scores.items():

@@ -1,7 +1,7 @@
 """Speed and memory on this machine, without weights or downloads.
 
     python -m extras.bench                    the paper's sizes; on a CPU add --batch-size 4
-    python -m extras.bench --memory           what training each backbone takes
+    python -m extras.bench --memory           what training each of the paper's backbones takes
 
 Other flags are train.py's. Clips are those of --data if they are there, else synthetic. Calls that
 are compared take turns, so that a busy machine is busy for all of them: trust the ratios.
@@ -15,6 +15,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -25,10 +26,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from extras.shapes import draw_clip
 from train import Clip, autocast, cached_frames, parse_settings, pick_device, run_main
-from video_colbert import InputError, VideoColBERT, mean_max_sim, sample_frames
+from video_colbert import InputError, VideoColBERT, mean_max_sim, mms_fv, sample_frames
 
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}     # dense bf16, from data sheets
 PAPER_BACKBONES = ("ViT-B-32-quickgelu", "ViT-B-16-quickgelu", "ViT-B-16-SigLIP")
+CARDS = (16, 24, 80)                                              # GB
 
 # ---- Measuring -----------------------------------------------------------------------------------
 def median_seconds(device, *calls, repeat=5):
@@ -116,7 +118,7 @@ def bench_clips(s, size):
             lambda: [cached_frames(clip, s.num_frames, size, folder) for clip in clips],
             lambda: [np.asarray(Image.open(file)) for file in jpegs], repeat=3)
     raw = s.num_frames * 3 * size ** 2 / 1e6
-    small = sum(file.tell() for file in jpegs) / len(clips) / 1e6
+    small = sum(len(file.getvalue()) for file in jpegs) / len(clips) / 1e6
     return [f"{source} clips, {s.num_frames} frames of {size} pixels, one thread: decode "
             f"{1000 * decode / len(clips):.2f} ms, cache {decode / cache:.0f} times faster "
             f"({raw:.2f} MB), JPEG in memory {decode / jpeg:.0f} times ({small:.2f} MB)"]
@@ -172,7 +174,31 @@ def bench_step(s, model, device):
                        ("temporal transformer", temporal), ("loss", loss),
                        ("clipping and optimiser", optimise)):
         lines.append(f"  {name:24}{1000 * part:10.1f} ms {100 * part / whole:6.1f}%")
-    return lines
+    rest = pixels + temporal + loss + optimise
+    return lines + [f"  all but the two encoders {100 * rest / whole:.1f}%; 900,000 pairs, five "
+                    f"epochs of MSR-VTT, would take {900_000 * whole / A / 3600:.1f} h"]
+
+@torch.no_grad()
+def bench_query(s, model, device, gallery=1000):
+    """How long a user waits for the ten best of a gallery, and how much of it is the encoder's."""
+    N, E = s.num_frames, s.visual_expansion
+    F = unit_vectors(device, gallery, N, model.width)
+    V = unit_vectors(device, gallery, N + E, model.width)
+    ids = torch.randint(2, 30000, (1, model.num_tokens), device=device)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+
+    def encode():
+        with autocast(device):
+            return model.encode_query(ids, mask)
+
+    def answer():
+        scores = mms_fv(*model.similarities(encode(), mask, F, V))
+        return scores.topk(min(10, gallery)).indices.tolist()
+
+    model.eval()
+    encoder, whole = median_seconds(device, encode, answer, repeat=9)
+    return [f"query against {gallery} videos: {1000 * whole:.1f} ms, of which the text encoder "
+            f"{1000 * encoder:.1f} ms"]
 
 # ---- Memory --------------------------------------------------------------------------------------
 def saved_bytes(call, model):
@@ -190,30 +216,82 @@ def saved_bytes(call, model):
         out = call()                                              # keeps the graph alive
     return sum(storages.values())
 
-def bench_memory(device, batch=128, cards=(16, 24, 80)):
-    """What a training step takes for each of the paper's backbones, in GB.
+def bytes_per_item(function, model, make_inputs):
+    """What autograd saves for each further item of a batch, and once for all of them.
 
-    The activations of a video are counted in float32 on this machine, for one frame and for the
-    temporal transformer, and halved: under bf16 nearly all of them take two bytes.
+    Counted on the CPU with the types of a GPU: under bf16 autocast, and layer norms in float32,
+    which CUDA's autocast does and the CPU's does not. What two items save beyond what one saves
+    grows with the batch; the rest is mostly bf16 copies of the weights.
     """
-    lines = []
+    layer_norm = torch.nn.functional.layer_norm
+
+    def layer_norm_as_on_cuda(x, *args):
+        return layer_norm(x.float(), *args)
+
+    with torch.autocast("cpu", torch.bfloat16), \
+            mock.patch("torch.nn.functional.layer_norm", layer_norm_as_on_cuda):
+        one, two = (saved_bytes(lambda: function(*make_inputs(count)), model) for count in (1, 2))
+    return two - one, 2 * one - two
+
+def activation_bytes(model, num_frames):
+    """-> bytes saved per video by encode_video, per caption by encode_query, once by both. A video
+    is `num_frames` times the image encoder on a frame and once the temporal transformer."""
+    size, M = model.image_size, model.num_tokens
+    per_frame, once_image = bytes_per_item(
+        model.clip.visual, model, lambda count: [torch.zeros(count, 3, size, size)])
+    per_video, once_temporal = bytes_per_item(
+        model.temporal, model, lambda count: [torch.zeros(count, num_frames, model.width)])
+    per_caption, once_text = bytes_per_item(
+        model.encode_query, model,
+        lambda count: [torch.ones(count, M, dtype=torch.int64), torch.ones(count, M)])
+    return num_frames * per_frame + per_video, per_caption, once_image + once_temporal + once_text
+
+def measured_peak(s, device, chunk):
+    """Peak memory in bytes of a step on a batch if `chunk` videos at a time are encoded and go
+    backward, with weights, gradients and Adam's moments; NaN if it does not fit on the device."""
+    def step():
+        model = VideoColBERT(s).to(device)
+        optimizer = train.make_optimizer(model, s)
+        ids, mask, frames, _ = random_batch(s, model, device)
+        for _ in range(2):                             # Adam's moments exist from the second on
+            for part in zip(ids.split(chunk), mask.split(chunk), frames.split(chunk)):
+                with autocast(device):
+                    Q, (F, V) = model.encode_query(*part[:2]), model.encode_video(part[2])
+                (Q.sum() + F.sum() + V.sum()).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)                # gradients stay, the worst case
+    try:
+        return 2 ** 20 * extra_megabytes(device, step)
+    except torch.cuda.OutOfMemoryError:
+        return math.nan
+
+def bench_memory(device, batch=128, chunks=(128, 32, 8)):
+    """What a training step on `batch` videos and captions takes for each of the paper's backbones
+    if so many videos at a time are encoded and go backward; on a GPU also what it took."""
+    lines = [f"a step on {batch} videos, one caption each: activations of so many at a time, "
+             "weights, gradients, Adam's moments, pixels"]
     for backbone in PAPER_BACKBONES:
         for num_frames, num_tokens in ((12, 32), (64, 64)):
             s = parse_settings(["--data", "msrvtt", "--backbone", backbone, "--pretrained", "none",
-                                "--num-frames", str(num_frames), "--num-tokens", str(num_tokens)])
+                                "--batch-size", str(batch), "--num-frames", str(num_frames),
+                                "--num-tokens", str(num_tokens)])
             model = VideoColBERT(s)
-            size, ids = model.image_size, torch.ones(1, model.num_tokens, dtype=torch.int64)
-            image, f = torch.zeros(1, 3, size, size), torch.zeros(1, num_frames, model.width)
-            video = num_frames * saved_bytes(lambda: model.clip.visual(image), model) \
-                + saved_bytes(lambda: model.temporal(f), model) \
-                + saved_bytes(lambda: model.encode_query(ids, torch.ones_like(ids)), model)
+            per_video, per_caption, once = activation_bytes(model, num_frames)
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            weights = 4 * sum(p.numel() for p in model.parameters())
-            fixed = weights + 12 * trained + batch * num_frames * 3 * size ** 2   # Adam, pixels
-            need = (fixed + batch * video / 2) / 1e9
-            fits = ", ".join(str(card) for card in cards if need < 0.9 * card) or "none"
-            lines.append(f"{backbone:20} {num_frames} frames: {video / 2e9:.2f} GB of activations "
-                         f"per video, {need:.0f} GB for a batch of {batch}; fits {fits} GB")
+            weights = sum(p.numel() for p in model.parameters())
+            pixels = batch * num_frames * 3 * model.image_size ** 2
+            fixed = 4 * weights + 12 * trained + once + pixels    # 12: gradient and two moments
+            del model
+            lines.append(f"{backbone}, {num_frames} frames: activations {per_video / 1e6:.0f} MB "
+                         f"per video, {per_caption / 1e6:.1f} MB per caption")
+            for chunk in chunks:
+                need = (fixed + chunk * (per_video + per_caption)) / 1e9
+                # A tenth is left to CUDA itself, to buffers and to what the allocator rounds up.
+                fits = " ".join(str(card) for card in CARDS if need < 0.9 * card)
+                measured = f" (measured: {measured_peak(s, device, chunk) / 1e9:.1f})" \
+                    if device.type == "cuda" else ""
+                lines.append(f"  {chunk:3} at a time: {need:6.1f} GB{measured}; "
+                             + (f"fits a card of {fits} GB" if fits else "fits none of the cards"))
     return lines
 
 def main(argv=None):
@@ -230,7 +308,8 @@ def main(argv=None):
         return
     print(*bench_scores(device), sep="\n")                        # first, while no memory was freed
     model = VideoColBERT(replace(s, pretrained=None)).to(device)
-    print(*bench_clips(s, model.image_size), *bench_step(s, model, device), sep="\n")
+    print(*bench_clips(s, model.image_size), *bench_step(s, model, device),
+          *bench_query(s, model, device), sep="\n")
 
 if __name__ == "__main__":
     run_main(main, "extras.bench")

@@ -3,17 +3,19 @@
     python -m extras.reproduce --table 3 --seeds 3     trains, resumes or reuses what it needs
     python -m extras.reproduce --figure 4              which frame each word picks
     python -m extras.reproduce --seeds 3               the scores of one setting over three seeds
-    python -m extras.reproduce --table 5 --data msrvtt --backbone ViT-B-16-SigLIP
+    python -m extras.reproduce --table 5 --data msrvtt --root /data/MSRVTT
 
 Tables 1 to 8, 11 and 12, figures 3 and 4; all other flags are train.py's. A run in runs/ with the
-same settings and the same clips is reused. The result is printed and kept in runs/.
+same settings and the same clips is reused, or resumed if it is not finished. The result is printed
+and kept in runs/.
 """
 import argparse
 import statistics
 import sys
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -93,6 +95,10 @@ def quote(numbers):
     return " / ".join("–" if x is None else f"{x:.3f}" if x < 1 else f"{x:.1f}" for x in numbers)
 
 # ---- Runs ----------------------------------------------------------------------------------------
+@cache
+def warn_once(message):
+    print(message, file=sys.stderr)
+
 def all_runs():
     """Every run in runs/ whose settings can be read -> [(folder, Settings)]."""
     runs = []
@@ -100,7 +106,7 @@ def all_runs():
         try:
             runs.append((path.parent, read_settings(Settings, path)))
         except InputError as error:
-            print(f"skipped: {error}", file=sys.stderr)
+            warn_once(f"skipped: {error}")
     return runs
 
 def find_run(s):
@@ -110,8 +116,11 @@ def find_run(s):
     for folder, saved in all_runs():
         if wanted.items() <= asdict(saved).items():
             record = finished(folder)
-            if record and record["data"] != data_id:
-                print(f"not reused: {folder} was run on other clips or captions", file=sys.stderr)
+            state = record or train.load_checkpoint(folder / "checkpoints")
+            if state and not str(state.get("data")).startswith(data_id):  # pixels may follow it
+                warn_once(f"not reused: {folder} was run on other clips or captions")
+            elif record and record["missing"] and not s.allow_missing:
+                warn_once(f"not reused: {folder} lacks test clips, see --allow-missing")
             else:
                 candidates.append((record is None, folder))
     return min(candidates)[1] if candidates else None
@@ -125,20 +134,30 @@ def runs_of(argv, flags, seeds, device):
         folders.append(train.run(replace(s, resume=str(find_run(s) or "")), device))
     return folders
 
-def query_ranks(folder, device, score="MMS_FV"):
-    """A finished run's model on its test clips -> model, settings, clips, and for each query its
-    text, the index of its clip, its rank, and its number of tokens without start and end."""
+class Query(NamedTuple):
+    text: str
+    clip: int                                                     # index among the test clips
+    tokens: int                                                   # without start and end
+    rank: dict                                                    # of F, V, FV and RRF, 1 is best
+
+def query_ranks(folder, s, device):
+    """A finished run's model on its test clips -> model, clips, [Query]. Cache, workers and
+    allow_missing are those of `s`, all other settings are the run's."""
     model = VideoColBERT.load(folder).to(device)
-    s = replace(read_settings(Settings, folder / "settings.json"), epochs=0)
-    data, _, _ = train.fill_cache(train.load_clips(s), s, model.image_size)
-    sim_F, sim_V, target = train.evaluate(model, data["test"], s, device)
+    saved = read_settings(Settings, folder / "settings.json")
+    saved = replace(saved, epochs=0, cache=s.cache, workers=s.workers,
+                    allow_missing=s.allow_missing)
+    data, _, _ = train.fill_cache(train.load_clips(saved), saved, model.image_size)
+    clips = data["test"]
+    sim_F, sim_V, target = train.evaluate(model, clips, saved, device)
     sims = {"F": sim_F, "V": sim_V, "FV": mms_fv(sim_F, sim_V),
             "RRF": reciprocal_rank_fusion(sim_F, sim_V)}
-    rank = ranks(sims[score.rpartition("_")[2]], target).tolist()
-    queries = [caption for clip in data["test"] for caption in clip.captions]
+    rank = {level: ranks(sim, target).tolist() for level, sim in sims.items()}
+    texts = [caption for clip in clips for caption in clip.captions]
     special = int(model.real_tokens(model.tokenize([""])[0]).sum())
-    tokens = (model.real_tokens(model.tokenize(queries)[0]).sum(1) - special).tolist()
-    return model, s, data["test"], list(zip(queries, target.tolist(), rank, tokens))
+    tokens = (model.real_tokens(model.tokenize(texts)[0]).sum(1) - special).tolist()
+    return model, clips, [Query(text, clip, tokens[i], {level: rank[level][i] for level in rank})
+                          for i, (text, clip) in enumerate(zip(texts, target.tolist()))]
 
 # ---- Tables --------------------------------------------------------------------------------------
 def cell(values, digits=1):
@@ -146,38 +165,64 @@ def cell(values, digits=1):
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
+def changed_flags(s):
+    """The settings that differ from the defaults of their data and backbone, as flags."""
+    default = asdict(parse_settings(["--data", s.data, "--backbone", s.backbone]))
+    return [f"--{name.replace('_', '-')} {value}" for name, value in asdict(s).items()
+            if name not in NEUTRAL and value != default[name]]
+
+def missing_note(record):
+    return f"{record['missing']} test clips missing: not comparable"
+
+def describe(title, s, records, seeds=1):
+    """The line above a table: what it was measured on, how, and where."""
+    first, seed_note = records[0], f"seeds {s.seed} to {s.seed + seeds - 1}, mean ± deviation"
+    parts = [s.data, s.backbone, f"{first['evaluation'][0]['queries']} queries",
+             f"gallery of {first['gallery']} clips", f"{s.epochs} epochs",
+             seed_note if seeds > 1 else f"seed {s.seed}"]
+    parts += dict.fromkeys(missing_note(record) for record in records if record["missing"])
+    parts += [f"`{' '.join(changed_flags(s))}`"] if changed_flags(s) else []
+    machines = dict.fromkeys(record["machine"] for record in records)
+    return f"{title}. {', '.join(parts)}; {'; '.join(machines)}"
+
 def trained_table(number, argv, s, seeds, device):
     """A table of rows that are each trained, as Markdown: mean and standard deviation of seeds. For
     the synthetic clips also R@1 by what a query is about."""
     title, rows = TABLES[number]
     kinds = ("appearance", "motion") if s.data == "shapes" else ()
-    lines, quoted = [], s.data == "msrvtt" and number > 0
+    quoted = s.data == "msrvtt" and number > 0
+    lines, all_records, queries = [], [], {}
     for name, flags, score, paper in rows:
-        if flags[:2] == SIGLIP and s.backbone not in BACKBONES:   # beside a toy it says nothing
+        is_siglip = flags[:2] == SIGLIP
+        if is_siglip and s.backbone not in BACKBONES:             # beside a toy it says nothing
             continue
         folders = runs_of(argv, flags, seeds, device)
         records = [finished(folder) for folder in folders]
+        all_records += records
+        level = score.rpartition("_")[2]                   # with --interaction mp MP_F is the F row
+        name = name if number else name.replace("MMS", s.interaction.upper())
         line = [name, f"`{' '.join(flags)}`" if flags else ""]
         for direction, metrics in (("text to video", METRICS), ("video to text", ["R@1"])):
             for metric in metrics:
                 values = [row[metric] for record in records for row in record["evaluation"]
-                          if (row["direction"], row["score"]) == (direction, score)]
+                          if row["direction"] == direction
+                          and row["score"].rpartition("_")[2] == level]
                 line.append(cell(values, 3 if metric == "nDCG@10" else 1))
+        for folder in folders if kinds else ():
+            if folder not in queries:
+                queries[folder] = query_ranks(folder, s, device)[2]
         for kind in kinds:
             recalls = []
             for folder in folders:
-                ranks_of_kind = [rank for query, _, rank, _ in query_ranks(folder, device, score)[3]
-                                 if shapes.kind(query) == kind]
-                firsts = sum(rank == 1 for rank in ranks_of_kind)
-                recalls.append(100 * firsts / len(ranks_of_kind))
+                hits = [q.rank[level] == 1 for q in queries[folder] if shapes.kind(q.text) == kind]
+                recalls.append(100 * sum(hits) / len(hits))
             line.append(cell(recalls))
-        lines.append(line + ([quote(paper)] if quoted else []))
+        if quoted:
+            line.append(quote(paper) + " (SigLIP)" * is_siglip)
+        lines.append(line)
     header = ["", "flags", *METRICS, "video to text R@1", *(f"{kind} R@1" for kind in kinds)]
-    seed_note = f"seeds {s.seed} to {s.seed + seeds - 1}" if seeds > 1 else f"seed {s.seed}"
-    queries = records[0]["evaluation"][0]["queries"]
-    return (f"{title}. {s.data}, {s.backbone}, {queries} queries, {records[0]['gallery']} clips, "
-            f"{s.epochs} epochs, {seed_note}; {records[0]['machine']}\n\n"
-            + markdown(header + ["the paper's, on MSR-VTT"] * quoted, lines))
+    return (describe(title, s, all_records, seeds) + "\n\n"
+            + markdown(header + ["the paper's, with CLIP-B/32"] * quoted, lines))
 
 def runs_table(number):
     """Tables 1 and 2 as Markdown: the runs that there are of each dataset and backbone."""
@@ -191,13 +236,8 @@ def runs_table(number):
             for folder, s in found or [(None, None)]:
                 line = [data, backbone, folder or "no run", "", *[""] * len(METRICS)]
                 if folder:
-                    default = asdict(parse_settings(["--data", s.data, "--backbone", backbone]))
-                    changes = [f"--{name.replace('_', '-')} {value}"
-                               for name, value in asdict(s).items()
-                               if name not in NEUTRAL and value != default[name]]
-                    record = finished(folder)
-                    if record["missing"]:
-                        changes.append(f"{record['missing']} test clips missing")
+                    record, changes = finished(folder), changed_flags(s)
+                    changes += [missing_note(record)] * (record["missing"] > 0)
                     row, = [row for row in record["evaluation"]
                             if (row["direction"], row["score"]) == ("text to video", "MMS_FV")]
                     line[3:] = [" ".join(changes), *(f"{row[name]:.3f}" if name == "nDCG@10" else
@@ -206,24 +246,27 @@ def runs_table(number):
     header = ["dataset", "backbone", "run", "settings beside the default", *METRICS, "the paper's"]
     return f"Table {number}: the runs in runs/, MMS_FV\n\n{markdown(header, lines)}"
 
-def augmentation(argv, device):
-    """Two runs, without and with query augmentation -> (query, tokens, rank before, after) each."""
-    without, with_it = (query_ranks(runs_of(argv, [flag], 1, device)[0], device)[3]
-                        for flag in ("--no-query-augmentation", "--query-augmentation"))
-    return [(query, tokens, before, after) for (query, _, before, tokens), (_, _, after, _)
-            in zip(without, with_it)]
+def augmentation(argv, s, device):
+    """Two runs, without and with query augmentation -> their records, and for each query the text,
+    the number of tokens, and its rank before and after."""
+    folders = [runs_of(argv, [flag], 1, device)[0]
+               for flag in ("--no-query-augmentation", "--query-augmentation")]
+    without, with_it = (query_ranks(folder, s, device)[2] for folder in folders)
+    moved = [(a.text, a.tokens, b.rank["FV"], a.rank["FV"]) for b, a in zip(without, with_it)]
+    return [finished(folder) for folder in folders], moved
 
 def queries_table(argv, s, device, number=5):
     """Table 6 as Markdown: the queries below 20 tokens that query augmentation moves most, ranks
     capped at 100."""
+    records, queries = augmentation(argv, s, device)
     moved = [(query, min(before, 100), min(after, 100))
-             for query, tokens, before, after in augmentation(argv, device) if tokens < 20]
+             for query, tokens, before, after in queries if tokens < 20]
     moved.sort(key=lambda row: row[2] - row[1])
     rows = moved[:number] + moved[max(number, len(moved) - number):]
     lines = [[query.replace("|", "\\|"), before, after, f"{after - before:+d}"]
              for query, before, after in rows]
-    return (f"Table 6: the queries that query augmentation improves and degrades most. {s.data}, "
-            f"{s.backbone}, seed {s.seed}\n\n"
+    title = "Table 6: the queries that query augmentation improves and degrades most"
+    return (describe(title, s, records) + "\n\n"
             + markdown(["query", "rank before", "rank after", "change"], lines))
 
 @torch.no_grad()
@@ -242,7 +285,8 @@ def cost_table(s, device, gallery=1000, videos=8):
     def milliseconds(function, *arguments):
         with train.autocast(device):
             names = dict(function=function, arguments=arguments)
-            timer = Timer("function(*arguments)", globals=names)
+            timer = Timer("function(*arguments)", globals=names,
+                          num_threads=torch.get_num_threads())    # else one
             return 1000 * timer.blocked_autorange(min_run_time=1).median
 
     def answer(*levels):
@@ -266,7 +310,7 @@ def cost_table(s, device, gallery=1000, videos=8):
 def draw_augmentation(argv, s, device):
     """Figure 3: the mean change in rank by the length of the query -> PIL image."""
     changes = [[], [], [], []]
-    for _, tokens, before, after in augmentation(argv, device):
+    for _, tokens, before, after in augmentation(argv, s, device)[1]:
         changes[sum(tokens >= edge for edge in (5, 10, 20))].append(after - before)
     means = [statistics.mean(part) if part else 0.0 for part in changes]
     scale = 120 / (max(map(abs, means)) or 1)
@@ -285,16 +329,22 @@ def draw_augmentation(argv, s, device):
     text((280, 380), "length of the query in tokens; below the line is better")
     return image
 
+def evenly_spread(count, number):
+    """Up to `number` different indices below `count`. The k that is added makes both kinds of the
+    synthetic queries occur, which alternate."""
+    number = min(number, count)
+    return [k + min(k * count // number, count - number) for k in range(number)]
+
 def draw_examples(argv, s, device, number=4):
-    """Figure 4 for a few test queries, evenly spread -> PIL image."""
-    model, s, clips, queries = query_ranks(runs_of(argv, [], 1, device)[0], device)
+    """Figure 4 for a few test queries -> PIL image."""
+    model, clips, queries = query_ranks(runs_of(argv, [], 1, device)[0], s, device)
     rows = []
-    for k in range(min(number, len(queries))):
-        query, clip, rank, _ = queries[min(k * len(queries) // number + k, len(queries) - 1)]
-        path, _, start, end = clips[clip]
-        frames = sample_frames(path, s.num_frames, model.image_size, start, end)
-        words, before, after = interactions(model, query, frames)
-        title = f"{query}   ({Path(path).name}, rank {rank} of {len(clips)})"
+    for i in evenly_spread(len(queries), number):
+        query = queries[i]
+        path, _, start, end = clips[query.clip]
+        frames = sample_frames(path, model.config.num_frames, model.image_size, start, end)
+        words, before, after = interactions(model, query.text, frames)
+        title = f"{query.text}   ({Path(path).name}, rank {query.rank['FV']} of {len(clips)})"
         rows.append((title, words, frames, before.cpu(), after.cpu()))
     return draw_interactions(rows)
 
@@ -302,8 +352,9 @@ def draw_examples(argv, s, device, number=4):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", type=int, choices=[1, 2, 3, 4, 5, 6, 7, 8, 11, 12], default=0)
-    parser.add_argument("--figure", type=int, choices=[3, 4], default=0)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--table", type=int, choices=[1, 2, 3, 4, 5, 6, 7, 8, 11, 12], default=0)
+    what.add_argument("--figure", type=int, choices=[3, 4], default=0)
     parser.add_argument("--seeds", type=int, default=1, help="runs per row, from --seed on")
     args, argv = parser.parse_known_args(argv)
     if WORLD > 1:

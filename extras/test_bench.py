@@ -1,8 +1,16 @@
 """The benchmark measures every part; saved activations are counted right."""
+import math
+import re
+
+import pytest
 import torch
 from torch import nn
 
 from extras import bench
+from train import parse_settings
+from video_colbert import VideoColBERT
+
+CPU = torch.device("cpu")
 
 def test_the_benchmark_measures_every_part_without_weights(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -14,8 +22,20 @@ def test_the_benchmark_measures_every_part_without_weights(tmp_path, monkeypatch
     bench.main(["--backbone", "tiny", "--batch-size", "2", "--num-frames", "2", "--device", "cpu"])
     out = capsys.readouterr().out
     for part in ("MeanMaxSim", "einsum", "decode", "cache", "JPEG", "image encoder", "text encoder",
-                 "temporal transformer", "loss", "optimiser", "pairs/s", "TFLOP/s", "synthetic"):
+                 "temporal transformer", "loss", "optimiser", "pairs/s", "TFLOP/s", "synthetic",
+                 "peak memory", "all but the two encoders", "query against 1000 videos"):
         assert part in out, part
+
+def test_calls_take_turns_and_the_first_turn_does_not_count(monkeypatch):
+    """A clock that only the calls advance: the median of 1, 2, 3 seconds, and of 10, 20, 30."""
+    now, turns = [0], []
+    def advance(name, durations):
+        turns.append(name)
+        now[0] += next(durations)
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+    a, b = iter([0, 3, 1, 2]), iter([0, 10, 30, 20])
+    medians = bench.median_seconds(CPU, lambda: advance("a", a), lambda: advance("b", b), repeat=3)
+    assert medians == [2, 20] and turns == ["a", "b"] * 4
 
 def test_saved_bytes_count_each_storage_once_and_no_parameters():
     """A linear layer saves its input, 5 x 3 numbers of four bytes, and a ReLU its output, 5 x 4,
@@ -24,7 +44,70 @@ def test_saved_bytes_count_each_storage_once_and_no_parameters():
     x = torch.randn(5, 3)
     assert bench.saved_bytes(lambda: model(x), model) == 4 * (5 * 3 + 5 * 4)
 
-def test_memory_is_told_for_each_backbone(monkeypatch):
+def test_bytes_per_item_tell_the_batch_from_the_weights():
+    """Per row, in bf16: the input, 3 numbers, and the ReLU's output, 4. Once: the copies of two
+    weights, and no bias. A layer norm before it saves 3 numbers, mean and deviation in float32."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    def rows(count):
+        return [torch.randn(count, 3)]
+    assert bench.bytes_per_item(model, model, rows) == (2 * (3 + 4), 2 * 4 * 2)
+    model = nn.Sequential(nn.LayerNorm(3), *model)
+    per_row, _ = bench.bytes_per_item(
+        model, model, lambda count: [torch.randn(count, 3, dtype=torch.bfloat16)])
+    assert per_row == 4 * (3 + 2) + 2 * (3 + 4)
+
+@pytest.mark.parametrize("num_frames", [4, 12])
+def test_a_videos_activations_are_those_of_the_whole_encoder(num_frames):
+    """Frames and temporal transformer, counted apart, are what encode_video saves for one more
+    video: to a tenth, for a tiny model's normalised outputs are not nothing."""
+    model = VideoColBERT(parse_settings(["--backbone", "tiny", "--num-frames", "12"]))
+    per_video, per_caption, _ = bench.activation_bytes(model, num_frames)
+    whole, _ = bench.bytes_per_item(model.encode_video, model, lambda count: [
+        torch.zeros(count, num_frames, 3, 64, 64, dtype=torch.uint8)])
+    assert 0.9 * whole < per_video <= whole and per_caption > 0
+
+def test_memory_is_told_for_each_backbone_and_number_of_videos(monkeypatch):
     monkeypatch.setattr(bench, "PAPER_BACKBONES", ("tiny",))
-    lines = bench.bench_memory(torch.device("cpu"))
-    assert len(lines) == 2 and "12 frames" in lines[0] and lines[0].endswith("fits 16, 24, 80 GB")
+    monkeypatch.setattr(bench, "CARDS", (0.05, 0.2, 5))
+    lines = bench.bench_memory(CPU, batch=16, chunks=(16, 4))
+    assert len(lines) == 1 + 2 * 3
+    assert lines[1].startswith("tiny, 12 frames") and lines[4].startswith("tiny, 64 frames")
+    assert re.match(r" +16 at a time: +\d+\.\d GB; fits a card of .*5 GB", lines[2])
+
+def test_the_cards_that_a_step_fits_follow_from_its_bytes(monkeypatch):
+    """Weights and gradients are 1 GB, activations 0.1 GB per video and caption: 8 at a time take
+    a little more than 1.8 GB, 128 a little more than 13.8."""
+    class Model:
+        image_size = 1
+        def parameters(self):
+            return [torch.empty(62_500_000, device="meta", requires_grad=True)]
+    monkeypatch.setattr(bench, "PAPER_BACKBONES", ("ViT-B-32-quickgelu",))
+    monkeypatch.setattr(bench, "VideoColBERT", lambda s: Model())
+    monkeypatch.setattr(bench, "activation_bytes", lambda model, frames: (99e6, 1e6, 0))
+    lines = bench.bench_memory(CPU)
+    assert lines[2:5] == ["  128 at a time:   13.8 GB; fits a card of 16 24 80 GB",
+                          "   32 at a time:    4.2 GB; fits a card of 16 24 80 GB",
+                          "    8 at a time:    1.8 GB; fits a card of 16 24 80 GB"]
+    monkeypatch.setattr(bench, "activation_bytes", lambda model, frames: (150e6, 10e6, 0))
+    assert bench.bench_memory(CPU)[2] == "  128 at a time:   21.5 GB; fits a card of 24 80 GB"
+    monkeypatch.setattr(bench, "activation_bytes", lambda model, frames: (900e6, 0, 0))
+    assert bench.bench_memory(CPU)[2] == "  128 at a time:  116.2 GB; fits none of the cards"
+
+def test_the_measured_step_encodes_so_many_videos_at_a_time(monkeypatch):
+    """Two steps on all videos; what does not fit on the GPU is NaN, not an error."""
+    encode_video, sizes = VideoColBERT.encode_video, []
+    def note_and_encode(model, frames):
+        sizes.append(len(frames))
+        return encode_video(model, frames)
+    def run_and_say_one_megabyte(device, call):
+        call()
+        return 1.0
+    s = parse_settings(["--backbone", "tiny", "--data", "msrvtt", "--batch-size", "5"])
+    with monkeypatch.context() as patch:
+        patch.setattr(VideoColBERT, "encode_video", note_and_encode)
+        patch.setattr(bench, "extra_megabytes", run_and_say_one_megabyte)
+        assert bench.measured_peak(s, CPU, 2) == 2 ** 20 and sizes == [2, 2, 1] * 2
+    def does_not_fit(device, call):
+        raise torch.cuda.OutOfMemoryError
+    monkeypatch.setattr(bench, "extra_megabytes", does_not_fit)
+    assert math.isnan(bench.measured_peak(s, CPU, 2))

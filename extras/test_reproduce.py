@@ -1,19 +1,26 @@
 """Tables and figures come from the runs that they name, and each run is made once."""
 import json
 import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import train
+from extras import reproduce, shapes
 from extras.reproduce import TABLES, main
-from test_video_colbert import SMALL, Killed, records
-from video_colbert import InputError
+from test_video_colbert import SMALL, Killed, records, write_json_lines
+from video_colbert import InputError, VideoColBERT, sample_frames
 
 FLAGS = [*SMALL, "--data", "clips.jsonl", "--epochs", "1"]
+
+@pytest.fixture(autouse=True)
+def no_warning_was_given_before():
+    reproduce.warn_once.cache_clear()
 
 def runs_below(folder="."):
     return sorted(path.parent.name for path in Path(folder).glob("runs/*/settings.json"))
@@ -24,24 +31,47 @@ def cells(text):
             if line.startswith("|")]
     return {row[0]: row for row in rows}
 
+@torch.no_grad()
+def ranks_by_hand(folder, file):
+    """{query: {"F", "V", "FV": rank}} of a run's model, query by query and video by video."""
+    model, lines = VideoColBERT.load(folder), [json.loads(line) for line in open(file)]
+    lines, scores, ranks = [line for line in lines if line["split"] == "test"], {}, {}
+    videos = [os.path.join(os.path.dirname(file), line["video"]) for line in lines]
+    encoded = [model.encode_video(sample_frames(path, 3, model.image_size)[None])
+               for path in videos]
+    for true, line in enumerate(lines):
+        ids, mask = model.tokenize(line["captions"])
+        Q = model.encode_query(ids, mask)[0][mask[0]]
+        for level in (0, 1):
+            scores[level] = np.array([(Q @ pair[level][0].T).amax(1).mean() for pair in encoded])
+        named = {"F": scores[0], "V": scores[1], "FV": scores[0] + scores[1]}
+        ranks[line["captions"][0]] = {
+            level: int((score >= score[true]).sum()) for level, score in named.items()}
+    return ranks
+
 def test_table_3_trains_each_row_resumes_and_reuses(data, monkeypatch, capsys):
-    """Five settings and two seeds are ten runs; a killed one is resumed, finished ones are not run
-    again, and the numbers are the runs' own."""
+    """Five settings and two seeds are ten runs of two steps; a run killed in its second step is
+    resumed there, finished ones are not run again, and the numbers are the runs' own."""
     argv, step, calls = [*FLAGS, "--table", "3", "--seeds", "2"], train.training_step, []
-    def dies(*args):
+    argv += ["--checkpoint-every", "1"]
+    def dies_in_the_third_run(*args):
         calls.append(args)
         if len(calls) == 6:
             raise Killed
         return step(*args)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train, "training_step", dies)
+    monkeypatch.setattr(train, "training_step", dies_in_the_third_run)
+    with pytest.raises(Killed):
         main(argv)
     before = runs_below()
     main(argv)
+    assert len(calls) == 1 + 10 * 2
     assert len(before) == 3 and set(before) < set(runs_below()) and len(runs_below()) == 10
     out = capsys.readouterr().out
     assert Path("runs/table-3-clips.md").read_text() in out
-    table = cells(out)
+    table, deviations = cells(out), []
+    assert out.startswith("Table 3: interaction. clips.jsonl, tiny, 2 queries, gallery of 2 clips, "
+                          "1 epochs, seeds 0 to 1, mean ± deviation, `--num-frames 3 ")
+    assert records("runs/clips")[-1]["machine"] in out
     assert list(table)[2:] == ["MP on frames", "MP on video", "MMS_F", "MMS_V", "MMS_FV", "RRF"]
     assert table["MMS_F"][1] == "`--lambda-video 0`"
     for name, changes, score in (
@@ -53,10 +83,12 @@ def test_table_3_trains_each_row_resumes_and_reuses(data, monkeypatch, capsys):
             settings = json.loads(Path("runs", run, "settings.json").read_text())
             if changes.items() <= settings.items():
                 rows = records(f"runs/{run}")[-1]["evaluation"]
-                values += [row["R@5"] for row in rows
+                values += [row["nDCG@10"] for row in rows
                            if (row["direction"], row["score"]) == ("text to video", score)]
         assert len(values) == 2
-        assert table[name][3] == f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
+        deviations.append(np.std(values, ddof=1))
+        assert table[name][5] == f"{np.mean(values):.3f} ± {deviations[-1]:.3f}"
+    assert max(deviations) > 0
     monkeypatch.setattr(train, "train", None)                     # nothing is left to train
     main(argv)
     main([*FLAGS, "--seeds", "2"])
@@ -80,26 +112,80 @@ def test_a_row_of_a_table_changes_its_own_setting_alone(number, subject):
         all_changes.append(changes)
     assert set() in all_changes and set.union(*all_changes) == subject
 
-def test_table_6_figures_3_and_4_and_table_1_come_from_the_runs(data, capsys):
+def test_table_6_figures_3_and_4_and_table_1_come_from_the_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     os.mkdir("msrvtt")
-    os.rename("clips.jsonl", "msrvtt/clips.jsonl")
-    for i in range(6):
-        os.rename(f"{i}", f"msrvtt/{i}")
-    argv = [*FLAGS, "--data", "msrvtt/clips.jsonl"]
+    write_json_lines(tmp_path / "msrvtt", "train train" + 8 * " test")
+    argv = [*FLAGS, "--data", "msrvtt/clips.jsonl", "--epochs", "6"]
+    draw, drawn = reproduce.draw_interactions, []
+    def note_and_draw(rows):
+        drawn.extend(rows)
+        return draw(rows)
+    monkeypatch.setattr(reproduce, "draw_interactions", note_and_draw)
     for what in ("--figure 3", "--table 6", "--figure 4", "--table 1"):
         main([*argv, *what.split()])
     out = capsys.readouterr().out
-    assert len(runs_below()) == 2
+    assert runs_below() == ["clips", "clips-2"]
+    off, on = (ranks_by_hand(f"runs/{run}", "msrvtt/clips.jsonl") for run in runs_below())
     table = cells(Path("runs/table-6-clips.md").read_text())
-    for query in ("caption 0 of 3", "caption 0 of 5"):
-        _, before, after, change = table[query]
-        assert int(after) - int(before) == int(change)
+    for query in on:
+        before, after = off[query]["FV"], on[query]["FV"]
+        assert table[query][1:] == [str(before), str(after), f"{after - before:+d}"]
+    assert "8 queries, gallery of 8 clips, 6 epochs, seed 0" in out
+    assert len(drawn) == 4
+    for i, (title, words, frames, before, after) in zip((2, 5, 8, 9), drawn):
+        rank = on[f"caption 0 of {i}"]["FV"]
+        assert title == f"caption 0 of {i}   (clip.mp4, rank {rank} of 8)"
+        assert words == ["caption", "0", "of", str(i)] and before.shape == after.shape == (4, 3)
+        assert torch.equal(frames, sample_frames(f"msrvtt/{i}/clip.mp4", 3, 64))
     for number in (3, 4):
         assert Image.open(f"runs/figure-{number}-clips.png").width > 250
     assert "| msrvtt | tiny | runs/clips |" in out and "--query-augmentation False" in out
     assert "| msvd | ViT-B-16-SigLIP | no run |" in out and "48.1 / 74.9 / 83.9 / 0.652" in out
 
-def test_runs_on_other_clips_and_unreadable_neighbours_are_named_and_not_used(data, capsys):
+def test_table_6_sorts_by_the_change_from_off_to_on_and_figure_3_averages_it(data, monkeypatch):
+    """Ranks are those of MMS_FV and capped at 100 in the table, which leaves out 20 tokens and
+    more. A query that gains a rank counts as -1."""
+    ranks = {"off": [9, 500, 3, 4, 7, 1], "on": [4, 90, 3, 300, 8, 3]}
+    tokens, texts = [3, 4, 5, 12, 19, 20], []
+    def query_ranks(folder, s, device):
+        return None, [], [reproduce.Query(f"q{i}", i, tokens[i], {"F": 1, "V": 2, "FV": rank})
+                          for i, rank in enumerate(ranks[folder])]
+    def runs_of(argv, flags, seeds, device):
+        return ["off" if flags == ["--no-query-augmentation"] else "on"]
+    record = dict(evaluation=[dict(queries=6)], gallery=6, missing=0, machine="m")
+    monkeypatch.setattr(reproduce, "query_ranks", query_ranks)
+    monkeypatch.setattr(reproduce, "runs_of", runs_of)
+    monkeypatch.setattr(reproduce, "finished", lambda run: record)
+    main([*FLAGS, "--table", "6"])
+    table = cells(Path("runs/table-6-clips.md").read_text())
+    assert list(table.values())[2:] == [
+        ["q1", "100", "90", "-10"], ["q0", "9", "4", "-5"], ["q2", "3", "3", "+0"],
+        ["q4", "7", "8", "+1"], ["q3", "4", "100", "+96"]]
+    class Draw:
+        def text(self, position, text, **style):
+            texts.append(text)
+        def rectangle(self, *args):
+            pass
+        line = rectangle
+    monkeypatch.setattr(reproduce.ImageDraw, "Draw", lambda image: Draw())
+    main([*FLAGS, "--figure", "3"])
+    assert texts[1:-1] == ["-207.500", "<5\n2 queries", "+0.000", "5-10\n1 queries",
+                           "+148.500", "10-20\n2 queries", "+2.000", "20+\n1 queries"]
+
+def test_figure_4_shows_both_kinds_of_the_synthetic_queries(tmp_path, monkeypatch):
+    monkeypatch.setattr(shapes, "draw_clip", lambda *args: None)
+    shapes.write_shapes(tmp_path, galleries=0)
+    queries = [json.loads(line)["captions"][0] for line in open(tmp_path / "clips.jsonl")]
+    chosen = [queries[i] for i in reproduce.evenly_spread(len(queries), 4)]
+    kinds = [shapes.kind(query) for query in chosen]
+    assert len(set(chosen)) == 4 and kinds.count("motion") == kinds.count("appearance") == 2
+    for count in range(1, 9):
+        indices = reproduce.evenly_spread(count, 4)
+        assert len(indices) == min(4, count)
+        assert indices == sorted(set(indices)) and set(indices) <= set(range(count))
+
+def test_runs_on_other_clips_and_unreadable_neighbours_are_named_once_and_not_used(data, capsys):
     """An edited caption makes another run; an empty settings.json disturbs nothing."""
     main([*FLAGS, "--seeds", "1"])
     os.mkdir("runs/empty")
@@ -108,12 +194,53 @@ def test_runs_on_other_clips_and_unreadable_neighbours_are_named_and_not_used(da
     Path("clips.jsonl").write_text(lines.replace("caption 0 of 3", "edited"))
     main([*FLAGS, "--seeds", "1"])
     error = capsys.readouterr().err
-    assert "skipped: runs/empty/settings.json does not hold settings" in error
-    assert "not reused: runs/clips was run on other clips or captions" in error
+    assert error.count("skipped: runs/empty/settings.json does not hold settings") == 1
+    assert error.count("not reused: runs/clips was run on other clips or captions") == 1
     assert runs_below() == ["clips", "clips-2", "empty"]
 
+def test_an_unfinished_run_on_other_clips_is_named_and_not_resumed(data, monkeypatch, capsys):
+    def dies(*args):
+        raise Killed
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "result_rows", dies)                 # it is trained by then
+        main([*FLAGS, "--seeds", "1"])
+    lines = Path("clips.jsonl").read_text()
+    Path("clips.jsonl").write_text(lines.replace("caption 0 of 3", "edited"))
+    main([*FLAGS, "--seeds", "1"])
+    assert "not reused: runs/clips was run on other" in capsys.readouterr().err
+    assert train.finished("runs/clips-2") and not train.finished("runs/clips")
+
+def test_a_run_that_lacks_test_clips_is_reused_only_if_that_is_allowed(data, capsys):
+    Path("5/clip.mp4").write_bytes(b"")
+    main([*FLAGS, "--seeds", "1", "--allow-missing"])
+    assert "gallery of 1 clips" in capsys.readouterr().out
+    main([*FLAGS, "--figure", "4", "--allow-missing"])
+    with pytest.raises(InputError, match="1 of 2 test clips cannot be read"):
+        main([*FLAGS, "--seeds", "1"])
+    assert runs_below() == ["clips"]
+    write_json_lines(data)                                        # the clip is there again
+    main([*FLAGS, "--seeds", "1"])
+    assert runs_below() == ["clips", "clips-2"]
+
+def test_a_finished_run_is_preferred_to_an_unfinished_one(data, monkeypatch):
+    main([*FLAGS, "--seeds", "1"])
+    for name in ("a", "z"):
+        shutil.copytree("runs/clips", f"runs/{name}")
+        os.remove(f"runs/{name}/log.jsonl")
+    monkeypatch.setattr(train, "train", None)                     # nothing is left to train
+    main([*FLAGS, "--seeds", "1"])
+
+def test_a_run_saved_before_a_setting_was_added_is_reused(data, monkeypatch):
+    main([*FLAGS, "--seeds", "1"])
+    settings = json.loads(Path("runs/clips/settings.json").read_text())
+    del settings["eval_every"]
+    Path("runs/clips/settings.json").write_text(json.dumps(settings))
+    monkeypatch.setattr(train, "train", None)                     # nothing is left to train
+    main([*FLAGS, "--seeds", "1"])
+    assert runs_below() == ["clips"]
+
 def test_the_table_of_synthetic_clips_tells_appearance_from_motion(data, monkeypatch, capsys):
-    """R@1 of all queries is the mean of the two kinds, each half of the queries."""
+    """A query of each kind: R@1 of a kind is 100 or 0, as its query has rank 1 or not."""
     os.makedirs("data/shapes")
     lines = [json.loads(line) for line in open("clips.jsonl")]
     lines[3]["captions"], lines[5]["captions"] = ["a red bar in a blue frame"], ["a red bar grows"]
@@ -121,13 +248,62 @@ def test_the_table_of_synthetic_clips_tells_appearance_from_motion(data, monkeyp
         line["video"] = os.path.abspath(line["video"])
     Path("data/shapes/clips.jsonl").write_text("\n".join(map(json.dumps, lines)))
     main([*FLAGS, "--data", "shapes", "--seeds", "1"])
-    row = cells(capsys.readouterr().out)["MMS_V"]
-    assert (float(row[7]) + float(row[8])) / 2 == float(row[2])
+    table = cells(capsys.readouterr().out)
+    by_hand = ranks_by_hand("runs/shapes", "data/shapes/clips.jsonl")
+    for level in ("F", "V", "FV"):
+        expected = [100.0 * (by_hand[query][level] == 1) for query in by_hand]
+        assert list(map(float, table[f"MMS_{level}"][7:9])) == expected
+    assert table["flags"][6:] == ["appearance R@1", "motion R@1"]
 
-def test_table_11_measures_without_weights(data, capsys):
+def test_with_mean_pooling_the_scores_are_those_of_mean_pooling(data, capsys):
+    main([*FLAGS, "--seeds", "1", "--interaction", "mp"])
+    table, rows = cells(capsys.readouterr().out), records("runs/clips")[-1]["evaluation"]
+    for row in rows[:4]:
+        assert table[row["score"]][2] == f"{row['R@1']:.1f}"
+
+def test_the_papers_numbers_stand_beside_msrvtt_and_say_whose_they_are(data, monkeypatch, capsys):
+    row = dict(direction="text to video", queries=7, score="MMS_FV", **{
+        name: 1.0 for name in reproduce.METRICS})
+    record = dict(evaluation=[row, {**row, "direction": "video to text"}], gallery=9, missing=2)
+    machines = iter(["one", "one", "two", "two"])
+    monkeypatch.setattr(reproduce, "runs_of", lambda *args: ["runs/x"])
+    monkeypatch.setattr(reproduce, "finished", lambda run: {**record, "machine": next(machines)})
+    main(["--table", "5", "--data", "msrvtt", "--device", "cpu"])
+    out = capsys.readouterr().out
+    table = cells(out)
+    assert table["flags"][-1] == "the paper's, with CLIP-B/32"
+    assert table["off"][-1] == "45.3 / 72.5 / 82.0 / 0.631"
+    assert table["SigLIP, on"][-1] == "51.5 / 76.3 / 85.5 / 0.677 (SigLIP)"
+    assert out.startswith("Table 5: query augmentation. msrvtt, ViT-B-32-quickgelu, 7 queries, "
+                          "gallery of 9 clips, 5 epochs, seed 0, 2 test clips missing: not "
+                          "comparable; one; two\n")
+
+def test_figures_read_frames_from_the_cache_that_is_asked_for(data):
+    main([*FLAGS, "--seeds", "1", "--cache", "first"])
+    os.rename("first", "second")
+    main([*FLAGS, "--figure", "4", "--cache", "second"])
+    assert not os.path.exists("first") and runs_below() == ["clips"]
+
+def test_table_11_measures_without_weights(data, monkeypatch):
+    threads = []
+    class ShortTimer(reproduce.Timer):
+        def __init__(self, *args, num_threads, **names):
+            threads.append(num_threads)
+            super().__init__(*args, num_threads=num_threads, **names)
+        def blocked_autorange(self, min_run_time):
+            return super().blocked_autorange(min_run_time=min_run_time / 50)
+    monkeypatch.setattr(reproduce, "Timer", ShortTimer)
     main(["--table", "11", "--backbone", "tiny", "--num-frames", "2", "--device", "cpu"])
-    row = cells(Path("runs/table-11-msrvtt.md").read_text())["MMS_FV"]
+    text = Path("runs/table-11-msrvtt.md").read_text()
+    row = cells(text)["MMS_FV"]
     assert float(row[1]) > 0 and float(row[2]) > 0 and row[3] == "9.64 / 11.2"
+    assert set(threads) == {torch.get_num_threads()} and f"{threads[0]} threads" in text
+
+def test_under_torchrun_a_table_is_refused_in_one_line(data, monkeypatch):
+    monkeypatch.setattr(reproduce, "WORLD", 2)
+    with pytest.raises(InputError, match="run train.py under torchrun, and the table will reuse"):
+        main([*FLAGS, "--table", "3"])
+    assert not os.path.exists("runs")
 
 @pytest.mark.parametrize("flags, message", [
     (["--table", "3", "--out", "x"], "--out, --resume and --eval-only"),
