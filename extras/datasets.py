@@ -174,10 +174,7 @@ def convert(dataset, root, out):
         summary += [f"    {os.path.basename(path)}" for path in missing[:20]]
         if len(missing) > 20:
             summary.append(f"    ... and {len(missing) - 20} more")
-    try:
-        write_file(out, *(f"{json.dumps(line, ensure_ascii=False)}\n".encode() for line in records))
-    except OSError as error:
-        raise InputError(f"--out {out}: {error.strerror}") from None
+    write_file(out, *(f"{json.dumps(line, ensure_ascii=False)}\n".encode() for line in records))
     return [*summary, f"wrote {out}; to train on it:", shlex.join(command)]
 
 def to_record(clip, split, out):
