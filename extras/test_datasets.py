@@ -266,7 +266,7 @@ def test_a_folder_without_videos_is_named(tmp_path, dataset):
      "train_ids.json: expected a list of captions"),
     ("activitynet", {"train.json": {"v_b": {"sentences": ["B.", 5]}}}, "",
      "train.json: expected captions that are not blank"),
-    ("activitynet", {}, "--out /dev/null/clips.jsonl", "^/dev/null/clips.jsonl: Not a directory"),
+    ("activitynet", {}, "--out /dev/null/clips.jsonl", "^/dev/null/clips.jsonl: File exists"),
     ("activitynet", {}, "--out clips.json", "^--out clips.json: .* ends in .jsonl"),
 ])
 def test_what_makes_no_sense_is_one_line(tmp_path, monkeypatch, video, dataset, files, flags,
