@@ -612,8 +612,8 @@ def run_main(main, name):
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
-        if RANK == 0:
-            print(f"{name}: {str(error) or 'stopped: run it again, or --resume'}", file=sys.stderr)
+        print(f"{name}: {str(error) or 'stopped; decoded clips are kept: run it again, or --resume'}",
+              file=sys.stderr)
         os._exit(130)                                             # without waiting for threads
 
 if __name__ == "__main__":
