@@ -612,7 +612,7 @@ def run_main(main, name):
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
-        print(f"{name}: {str(error) or 'stopped; decoded clips are kept: run it again, or --resume'}",
+        print(f"{name}: {str(error) or 'stopped; decoded clips are kept: run again, or --resume'}",
               file=sys.stderr)
         os._exit(130)                                             # without waiting for threads
 
