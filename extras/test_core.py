@@ -664,6 +664,43 @@ def test_ctrl_c_while_decoding_is_one_line_and_waits_for_no_thread(data):
     assert process.returncode == 130 and "train.py: stopped" in last
     assert not list(data.glob("runs/*"))
 
+def test_ctrl_c_while_the_synthetic_clips_are_written_is_one_line(tmp_path):
+    process = subprocess.Popen([sys.executable, train.__file__], stderr=subprocess.PIPE, text=True,
+                               cwd=tmp_path)
+    while len(list(tmp_path.glob("data/shapes/videos/*"))) < 5:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    last = process.communicate(timeout=30)[1].splitlines()[-1]
+    assert process.returncode == 130 and "train.py: stopped; decoded clips are kept" in last
+    assert not (tmp_path / "data/shapes/clips.jsonl").exists()
+
+def test_ctrl_c_while_evaluating_is_one_line(data):
+    code = ("import sys, time, train; train.evaluate = lambda *args: time.sleep(60)\n"
+            f"sys.argv[1:] = {[*SMALL, '--data', 'clips.jsonl', '--epochs', '0']}\n"
+            "train.run_main(train.main, 'train.py')")
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(train.__file__)}
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True,
+                               env=environment)
+    while not os.path.exists("runs/clips/settings.json"):
+        time.sleep(0.02)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    last = process.communicate(timeout=30)[1].splitlines()[-1]
+    assert process.returncode == 130 and "train.py: stopped; " in last and "--resume" in last
+
+def test_ctrl_c_under_torchrun_saves_and_our_last_line_says_how_to_resume(data):
+    """What torchrun prints after it is its own."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", train.__file__]
+    flags = [*SMALL, "--data", "clips.jsonl", "--epochs", "100000", "--out", "a"]
+    process = subprocess.Popen([*torchrun, *flags], stderr=subprocess.PIPE, text=True)
+    while not list(data.glob("a/checkpoints/*.pt")):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    lines = process.communicate(timeout=90)[1].splitlines()
+    ours = [line for line in lines if "train.py: " in line]
+    assert process.returncode != 0
+    assert re.search(r"train.py: stopped after step \d+; resume with --resume a$", ours[-1])
+
 def test_a_signal_to_the_process_saves_a_checkpoint_and_prints_one_line(data):
     process = subprocess.Popen(
         [sys.executable, train.__file__, *SMALL, "--data", "clips.jsonl", "--epochs", "100000",
