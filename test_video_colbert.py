@@ -582,8 +582,18 @@ def test_a_run_leaves_its_folder_and_a_table_and_repeats_exactly(data, capsys):
     assert [list(line)[-1] for line in log] == ["grad_norm", "grad_norm", "val R@1", "grad_norm",
                                                 "grad_norm", "val R@1", "test R@1", "machine"]
     assert log[-1]["gallery"] == 2 and len(log[-1]["evaluation"]) == 8
-    assert train.results_table(log[-1]) in capsys.readouterr().out
+    assert video_colbert.results_table(log[-1]) in capsys.readouterr().out
     assert VideoColBERT.load("a").config.num_frames == 3
+
+def test_micro_batches_change_nothing_but_the_memory(data):
+    """Of 4 videos with up to two captions each, 3 and 1 or 1 at a time."""
+    flags = [*SMALL, "--data", "clips.jsonl", "--captions-per-video", "2"]
+    for n in (0, 3, 1):
+        train.main([*flags, "--out", f"run{n}", "--micro-batch", f"{n}"])
+    for whole, *parts in zip(records("run0"), records("run3"), records("run1"), strict=True):
+        for line in parts:
+            for name in {"loss", "MMS_F", "MMS_V", "grad_norm"} & whole.keys():
+                assert line[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-6)
 
 def test_evaluation_needs_no_training_data_and_gives_a_runs_numbers_again(data, monkeypatch):
     train.main([*SMALL, "--data", "clips.jsonl", "--out", "a"])

@@ -13,19 +13,17 @@ import hashlib
 import io
 import itertools
 import json
-import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import zlib
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -34,7 +32,7 @@ import tyro
 from tqdm import tqdm
 
 from video_colbert import (Config, InputError, VideoColBERT, mms_fv, read_settings,
-                           result_rows, retrieval_metrics, sample_frames, write_file)
+                           result_rows, results_table, retrieval_metrics, sample_frames, write_file)
 
 # ---- Settings: the command line. Defaults are the paper's or, where illegible, DRL's recipe. -----
 @dataclass
@@ -46,6 +44,8 @@ class Settings(Config):
     epochs: int = 5                 # passes over all captions (Table 10 is illegible; DRL's)
     batch_size: int = 128           # videos per step, over all processes together (likewise)
     captions_per_video: int = 1     # captions per video in a batch; the video is encoded once
+    micro_batch: int = 0            # videos encoded at a time, for less memory; 0 is all at once
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # of the encoders; see autocast
     lr_pretrained: float = 1e-7     # learning rate of the pre-trained encoders (5.2, Table 9)
     lr: float = 1e-4                # learning rate of everything new (section 5.2, Table 9)
     weight_decay: float = 0.01      # Table 9; none on biases and norms, as in CLIP4Clip
@@ -68,7 +68,8 @@ PRESETS = {                                                       # applied from
     "tiny": dict(lr_pretrained=1e-3, lr=2e-3, freeze=False, learn_scale=True, logit_scale=3.0,
                  logit_bias=-10.0)}                               # trained from scratch
 
-NEUTRAL = {"out", "cache", "device", "workers", "checkpoint_every", "resume", "allow_missing"}
+NEUTRAL = {"out", "cache", "device", "micro_batch", "workers", "checkpoint_every", "resume",
+           "allow_missing"}                                       # may change when a run resumes
 
 def parse_settings(argv):
     """Command line -> Settings. What is typed wins over PRESETS, and these over the defaults. With
@@ -90,11 +91,11 @@ def parse_settings(argv):
     for name in ("loss", "data", "backbone") if not run else ():
         default = replace(default, **PRESETS.get(getattr(s, name), {}))
         s = parse(default=default)
-    least = dict(batch_size=1, captions_per_video=1, checkpoint_every=1, workers=1, epochs=0, lr=0,
-                 lr_pretrained=0, warmup=0, weight_decay=0, max_grad_norm=0, seed=0, eval_every=0)
-    for name, smallest in least.items():
-        if not smallest <= getattr(s, name) < 2 ** 63:            # NaN too
-            raise InputError(f"--{name.replace('_', '-')} cannot be {getattr(s, name)}")
+    at_least_1 = {"batch_size", "captions_per_video", "checkpoint_every", "workers"}
+    for name in {f.name for f in fields(Settings)} - {f.name for f in fields(Config)}:
+        value = getattr(s, name)
+        if type(value) in (int, float) and not (name in at_least_1) <= value < 2 ** 63:  # NaN too
+            raise InputError(f"--{name.replace('_', '-')} cannot be {value}")
     if s.out and os.path.exists(s.out):
         raise InputError(f"--out {s.out} exists already: give a new folder, or --resume {s.out}")
     return s
@@ -126,8 +127,7 @@ def gather_features(x):
 def sum_gradients(model):
     """Add up all processes' gradients. Those of the loss's scale and bias are equal: averaged."""
     named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
-    flat = torch.cat([grad.flatten() / (WORLD if name.startswith("logit_") else 1)
-                      for name, grad in named])
+    flat = torch.cat([(g / WORLD if "logit_" in name else g).flatten() for name, g in named])
     dist.all_reduce(flat)
     torch.nn.utils.vector_to_parameters(flat, [grad for _, grad in named])
 
@@ -159,33 +159,31 @@ def get_field(record, name):
     """record[name] of JSON that may be anything, or None."""
     return record.get(name) if isinstance(record, dict) else None
 
-def validate_clips(clips, sources):
-    """The clips, or InputError for the first that makes no sense, with its file (and line)."""
+def validate_clips(pairs):
+    """Pairs of a clip and its file (and line) -> the clips. InputError if one makes no sense."""
     def is_text(x):                                               # not blank, and valid Unicode
         return isinstance(x, str) and x.strip() and x.encode(errors="replace").decode() == x
     seen = set()
-    for clip, source in zip(clips, sources):
+    for clip, source in pairs:
         captions = clip.captions if isinstance(clip.captions, list) else []
-        start, end = clip.start, math.inf if clip.end is None else clip.end
+        start, end = clip.start, np.inf if clip.end is None else clip.end
         numbers, key = {type(start), type(end)} <= {int, float}, str((clip.path, start, end))
         for expected, is_met in (
                 ("the path of a video", is_text(clip.path) and "\0" not in clip.path),
-                ("a list of captions", captions),
-                ("captions that are not blank", all(is_text(caption) for caption in captions)),
+                ("a list of captions that are not blank", captions and all(map(is_text, captions))),
                 ("0 <= start < end in seconds", numbers and 0 <= start < end and start < 1e9),
                 ("each clip only once", key not in seen)):
             if not is_met:
                 raise InputError(f"{source}: expected {expected}, got {str(clip)[:200]}")
         seen.add(key)
-    return clips
+    return [clip for clip, _ in pairs]
 
 def load_msrvtt(root):
-    """9k training and 1k-A test clips (section 5.1), with CLIP4Clip's, the official challenge's or
-    Frozen in Time's captions. The files may lie anywhere below the folder."""
+    """9k training and 1k-A test clips (section 5.1) from files anywhere below a folder."""
     find = functools.partial(find_files, root)
     videos = {Path(path).stem: path for path in find("*.mp4")}
-    annotations = (find("MSRVTT_data.json")[:1] or find("MSR_VTT.json")[:1]
-                   or find("*_videodatainfo.json"))
+    annotations = (find("MSRVTT_data.json")[:1] or find("MSR_VTT.json")[:1]  # CLIP4Clip, Frozen in
+                   or find("*_videodatainfo.json"))               # Time, the official challenge
     test_csv, train_csv = find("MSRVTT_JSFUSION_test.csv"), find("MSRVTT_train.9k.csv")
     for what, found in (("videos", videos), ("captions", annotations), ("test split", test_csv)):
         if not found:
@@ -201,7 +199,7 @@ def load_msrvtt(root):
             captions.setdefault(str(video), []).append(get_field(sentence, "caption"))
     def clips(file, names, texts):
         paths = [videos.get(name) or name and f"{root}/{name}.mp4" for name in names]
-        return validate_clips(list(map(Clip, paths, texts)), [file] * len(paths))
+        return validate_clips([(Clip(*pair), file) for pair in zip(paths, texts)])
     rows = read_file(test_csv[0], lambda file: list(csv.DictReader(file)))
     tested = [row.get("video_id") for row in rows]
     test = clips(test_csv[0], tested, [[row.get("sentence")] for row in rows])
@@ -215,22 +213,23 @@ def load_msrvtt(root):
 def load_json_lines(path):
     """Lines {"video": path, "captions": [...], "split": "train", "val" or "test"}, and "start" and
     "end" in seconds for a part of a video. Paths are absolute or relative to the file."""
-    clips, sources = ({"train": [], "val": [], "test": []} for _ in range(2))
+    clips = {"train": [], "val": [], "test": []}
     for number, line in enumerate(read_file(path, list), 1):
+        if not line.strip():
+            continue
+        source = f"{path}, line {number}"
         try:
-            record = json.loads(line) if line.strip() else None
+            record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}, line {number}: {error}") from None
-        video, split = get_field(record, "video"), str(get_field(record, "split"))
-        if line.strip() and split not in clips:
-            raise InputError(f"{path}, line {number}: expected a split of train, val or test")
+            raise InputError(f"{source}: {error}") from None
+        video, split = get_field(record, "video"), get_field(record, "split")
+        if split not in list(clips):
+            raise InputError(f"{source}: expected a split of train, val or test")
         if isinstance(video, str):
             video = os.path.normpath(os.path.join(os.path.dirname(path), video))
-        if line.strip():
-            clips[split].append(Clip(video, record.get("captions"), record.get("start", 0.0),
-                                     record.get("end")))
-            sources[split].append(f"{path}, line {number}")
-    return {split: validate_clips(clips[split], sources[split]) for split in clips}
+        clip = Clip(video, record.get("captions"), record.get("start", 0.0), record.get("end"))
+        clips[split].append((clip, source))
+    return {split: validate_clips(pairs) for split, pairs in clips.items()}
 
 def load_clips(s):
     """--data and --root -> {"train": [clips], "val": ..., "test": ...}, without opening a video."""
@@ -238,11 +237,9 @@ def load_clips(s):
     if s.data == "msrvtt":
         return load_msrvtt(root)
     if s.data == "shapes":
+        from extras.shapes import write_shapes
         file = f"{root}/clips.jsonl"
-        if RANK == 0:
-            from extras.shapes import write_shapes
-            write_shapes(root)                                    # unless they are there
-        gather_lists([])                                          # the other processes wait
+        write_shapes(root)                                        # unless they are there
     if not file.endswith(".jsonl"):
         raise InputError(f"--data is shapes, msrvtt or a file that ends in .jsonl, not {file}")
     return load_json_lines(file)
@@ -253,7 +250,7 @@ def data_hash(data):
              for split in ("train", "val", "test") for clip in data[split]]
     return hashlib.sha256(json.dumps(clips).encode()).hexdigest()
 
-# ---- Frames: each clip is decoded once, into a file of the cache ---------------------------------
+# ---- Frames and batches: each clip is decoded once, into a file of the cache ---------------------
 CACHE_VERSION = 1                                   # raise it when sample_frames gives other pixels
 
 def cached_frames(clip, num_frames, size, cache, read=True):
@@ -283,14 +280,14 @@ def load_frames(clips, s, size):                                  # uint8 (B, N,
 
 def prefetch(function, items, threads):
     """function(item) for each item in order, computed ahead by threads, one result per thread."""
-    pool, waiting = ThreadPoolExecutor(threads), deque()
+    pool, waiting = ThreadPoolExecutor(threads), []
     try:
         for item in items:
             waiting.append(pool.submit(function, item))
             if len(waiting) > threads:
-                yield waiting.popleft().result()
+                yield waiting.pop(0).result()
         while waiting:
-            yield waiting.popleft().result()
+            yield waiting.pop(0).result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -317,19 +314,16 @@ def fill_cache(data, s, size):
             print(f"{split} clips that cannot be read:", *problems, sep="\n  ", flush=True)
         allowed = len(clips) * (s.allow_missing if split == "test" else 0.01)
         if len(problems) > allowed or split != "val" and not readable[split]:
-            raise InputError(f"{len(problems)} of {len(clips)} {split} clips cannot be read"
-                             + (", see --allow-missing" if split == "test" else ""))
+            raise InputError(f"{len(problems)} of {len(clips)} {split} clips cannot be read, see "
+                             "--allow-missing, which is for test clips")
     return readable, len(problems), pixels                    # the problems of test, the last split
 
-# ---- Batches -------------------------------------------------------------------------------------
 def epoch_examples(clips, s, epoch):
-    """The examples of an epoch in its own random order, (index of a clip, [indices of its
-    captions]). Together they have every caption once."""
-    rng, examples = np.random.default_rng([s.seed, epoch]), []
+    """(index of a clip, [indices of its captions]) in random order; each caption is there once."""
+    rng, k, examples = np.random.default_rng([s.seed, epoch]), s.captions_per_video, []
     for v, clip in enumerate(clips):
         order = rng.permutation(len(clip.captions)).tolist()
-        for i in range(0, len(order), s.captions_per_video):
-            examples.append((v, order[i:i + s.captions_per_video]))
+        examples += [(v, order[i:i + k]) for i in range(0, len(order), k)]
     return [examples[i] for i in rng.permutation(len(examples))]
 
 def batches(clips, s):
@@ -356,12 +350,11 @@ def make_optimizer(model, s):
     groups = {}
     for name, p in model.named_parameters():
         kind = "scale" if "logit_" in name else "pretrained" if name.startswith("clip.") else "new"
+        decay = s.weight_decay if p.ndim > 1 else 0.0
+        group = dict(params=[], name=kind, peak_lr=lr[kind], weight_decay=decay)
         if p.requires_grad:
-            groups.setdefault((kind, p.ndim > 1), []).append(p)
-    groups = [dict(params=params, name=kind, peak_lr=lr[kind], weight_decay=s.weight_decay * decays)
-              for (kind, decays), params in groups.items()]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6,
-                             fused=model.device.type in ("cuda", "cpu"))
+            groups.setdefault((kind, decay), group)["params"].append(p)
+    return torch.optim.AdamW(list(groups.values()), betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 def schedule(step, steps, warmup):
     """Factor of the learning rate: a linear rise over the share `warmup`, then a linear fall."""
@@ -369,31 +362,52 @@ def schedule(step, steps, warmup):
     return (step + 1) / rise if step < rise else (steps - step) / max(1, steps - rise)
 
 # ---- Training ------------------------------------------------------------------------------------
-def autocast(device):
-    """bf16 on CUDA. On a CPU it is emulated and slow, on MPS it gains nothing."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+def autocast(device, precision="auto"):
+    """Precision of the encoders. auto: bf16 on GPUs that have it, fp16 on others, else fp32."""
+    if precision == "auto":
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if native else "fp16" if device.type == "cuda" else "fp32"
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
-def training_step(model, optimizer, s, ids, mask, frames, positives):
-    """One step on this process's queries and videos -> (4,): loss, mean MMS_F and MMS_V of the true
-    pairs, gradient norm. `positives` (A, B) is the whole batch's."""
-    with autocast(frames.device):
-        Q, (F, V) = model.encode_query(ids, mask), model.encode_video(frames)
+def encode(model, s, ids, mask, frames):                          # Q, F, V
+    with autocast(frames.device, s.precision):
+        return model.encode_query(ids, mask), *model.encode_video(frames)
+
+def training_step(model, optimizer, scaler, s, ids, mask, frames, positives):
+    """One step on this process's queries and videos -> (5,): loss, mean MMS_F and MMS_V of the true
+    pairs, gradient norm, scale of fp16. `positives` (A, B) is the whole batch's.
+    --micro-batch is GradCache (Gao et al. 2021), the gradient of the whole batch in the memory of a
+    few videos: embed part by part without gradient, let the loss give the embeddings' gradients,
+    then embed each part again and pass these on to the parameters. There must be no dropout."""
+    count = len(frames.split(s.micro_batch)) if s.micro_batch else 1
+    parts = list(zip(*(x.tensor_split(count) for x in (ids, mask, frames))))
+    with torch.set_grad_enabled(count == 1):
+        Q, F, V = (torch.cat(x) for x in zip(*(encode(model, s, *part) for part in parts)))
+    cached = [x.requires_grad_() for x in (Q, F, V)] if count > 1 else []
     Q, mask, F, V = (gather_features(x) for x in (Q, mask, F, V))
     loss, sim_F, sim_V = model.loss(Q, mask, F, V, positives)
-    loss.backward()
+    scaler.scale(loss).backward()
+    for part, *grads in zip(parts, *(x.grad.tensor_split(count) for x in cached)) if cached else ():
+        torch.autograd.backward(encode(model, s, *part), grads)
     if WORLD > 1:
         sum_gradients(model)
+    scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.max_grad_norm)
-    optimizer.step()
+    scale = scaler.scale(torch.ones_like(norm))
+    scaler.step(optimizer)                              # leaves out a step that overflows in fp16
+    scaler.update()
     optimizer.zero_grad()
     share = positives / positives.sum()                  # indexing by a mask would wait for the GPU
-    true_pairs = [(sim.detach() * share).sum() for sim in (sim_F, sim_V)]
-    return torch.stack([loss.detach(), *true_pairs, norm])
+    return torch.stack([loss, (sim_F * share).sum(), (sim_V * share).sum(), norm, scale]).detach()
 
 def train(model, data, s, device, out, data_id):
     """Train `model` in place on data["train"], from the last checkpoint in `out` if there is one. A
     line per step goes to out/log.jsonl. Ctrl-C and SIGTERM save a checkpoint and stop."""
     clips, cuda, optimizer = data["train"], device.type == "cuda", make_optimizer(model, s)
+    fp16 = autocast(device, s.precision).fast_dtype == torch.float16
+    scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+    parts, skipped = dict(model=model, optimizer=optimizer, scaler=scaler), []
     examples = len(epoch_examples(clips, s, 0))
     if examples < s.batch_size and RANK == 0:
         print(f"--batch-size {s.batch_size} is reduced to {examples}, the number of examples")
@@ -405,16 +419,16 @@ def train(model, data, s, device, out, data_id):
     if state:
         if state["data"] != data_id:
             raise InputError(f"{out} was started with other clips or captions: start a new run")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
+        for name, part in parts.items():
+            part.load_state_dict(state.get(name) or part.state_dict())  # only fp16 has a scaler's
+        skipped += state.get("skipped", [])
         first = state["step"]
     if RANK == 0:
         log.truncate(state["log"] if state else 0)                # later steps run again
     def load(batch):
-        part = rank_slice(batch)
-        captions = [clips[v].captions[c] for v, chosen in part for c in chosen]
-        return batch, captions, load_frames([clips[v] for v, _ in part], s, model.image_size)
+        mine = rank_slice(batch)
+        captions = [clips[v].captions[c] for v, chosen in mine for c in chosen]
+        return batch, captions, load_frames([clips[v] for v, _ in mine], s, model.image_size)
     signals, unread = [], []                      # unread: steps whose numbers are still on the GPU
     loaded = prefetch(load, itertools.islice(batches(clips, s), first, None), s.workers)
     bar = tqdm(total=steps, initial=first, desc="training", unit="step", disable=RANK > 0)
@@ -423,60 +437,54 @@ def train(model, data, s, device, out, data_id):
     with log, bar:
         for step, (batch, captions, frames) in enumerate(loaded, first):
             tensors = (*model.tokenize(captions), frames, positive_pairs(clips, batch))
-            tensors = [x.pin_memory() if cuda else x for x in tensors]
-            tensors = [x.to(device, non_blocking=True) for x in tensors]
+            tensors = [(x.pin_memory() if cuda else x).to(device, non_blocking=True)
+                       for x in tensors]
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * schedule(step, steps, s.warmup)
-            numbers = training_step(model, optimizer, s, *tensors)
+            numbers = training_step(model, optimizer, scaler, s, *tensors)
             lr = {group["name"]: group["lr"] for group in optimizer.param_groups}
             epoch, ends_epoch = step // per_epoch, (step + 1) % per_epoch == 0
             unread.append((dict(step=step, epoch=epoch, lr=lr), batch, numbers))
             bar.update()
-            if ends_epoch or not cuda or len(unread) == 10:      # reading at each step stalls a GPU
-                write_log(log, bar, clips, unread, out)
+            stops = any(gather_lists(signals))
+            saves = stops or ends_epoch or (step + 1) % s.checkpoint_every == 0
+            if saves or not cuda or len(unread) == 10:           # reading at each step stalls a GPU
+                write_log(log, bar, clips, unread, skipped)
             for split, every in (("val", 1), ("test", s.eval_every)):  # only logged
                 if ends_epoch and data[split] and every and (epoch + 1) % every == 0:
                     sim_F, sim_V, target = evaluate(model, data[split], s, device)
                     recall = retrieval_metrics(mms_fv(sim_F, sim_V), target)["R@1"]
                     log.write(json.dumps({"epoch": epoch, f"{split} R@1": recall}) + "\n")
                     model.train()
-            stops = any(gather_lists(signals))
-            if stops or ends_epoch or (step + 1) % s.checkpoint_every == 0:
-                write_log(log, bar, clips, unread, out)
-                if RANK == 0:
-                    save_checkpoint(out / "checkpoints", dict(
-                        step=step + 1, log=log.tell(), rng=torch.get_rng_state(), data=data_id,
-                        model=model.state_dict(), optimizer=optimizer.state_dict()))
+            if saves and RANK == 0:
+                save_checkpoint(out / "checkpoints", dict(
+                    step=step + 1, log=log.tell(), data=data_id,
+                    skipped=skipped, **{name: part.state_dict() for name, part in parts.items()}))
             if stops:
                 raise KeyboardInterrupt(f"stopped after step {step}; resume with --resume {out}")
     handle_signals(signal.default_int_handler)
 
-def write_log(log, bar, clips, unread, out):
-    """Log the steps since the last call. InputError if a loss or gradient norm is not finite."""
+def write_log(log, bar, clips, unread, skipped):
+    """Log the steps since the last call, also those that fp16 skipped. InputError for NaN."""
     for line, batch, numbers in unread:
-        loss, mms_f, mms_v, norm = numbers.tolist()
-        if not math.isfinite(loss + norm):
-            last = max(out.glob("checkpoints/*.pt"), default="none")
-            videos = ", ".join(clips[v].path for v, _ in batch)
-            raise InputError(f"loss {loss}, gradient norm {norm} in step {line['step']}; last good "
-                             f"checkpoint: {last}; videos: {videos}")
+        loss, mms_f, mms_v, norm, scale = numbers.tolist()
+        if not np.isfinite(loss) or scale <= 1 and not np.isfinite(norm):
+            raise InputError(f"loss {loss}, gradient norm {norm} in step {line['step']}; videos: "
+                             + ", ".join(clips[v].path for v, _ in batch))
         line.update(loss=loss, MMS_F=mms_f, MMS_V=mms_v, grad_norm=norm)
+        if not np.isfinite(norm):
+            skipped.append(line["step"])
+            line.update(grad_norm=None, loss_scale=scale, skipped=len(skipped))
         bar.set_postfix(loss=f"{loss:.3f}", MMS_F=f"{mms_f:.3f}", MMS_V=f"{mms_v:.3f}")
         log.write(json.dumps(line) + "\n")
     unread.clear()
 
-# ---- Checkpoints: what is read back cannot execute anything --------------------------------------
 def save_checkpoint(folder, state):
     """Write folder/step-N.pt, with its checksum in the first line, and keep the last two."""
     data = io.BytesIO()
     torch.save(state, data)
     checksum = hashlib.sha256(data.getbuffer()).hexdigest().encode()
-    path = folder / f"step-{state['step']:08d}.pt"
-    try:
-        write_file(path, checksum, b"\n", data.getbuffer())
-    except InputError as error:
-        last = max(folder.glob("*.pt"), default="none")
-        raise InputError(f"{error}; last good checkpoint: {last}") from None
+    write_file(folder / f"step-{state['step']:08d}.pt", checksum, b"\n", data.getbuffer())
     for old in sorted(folder.glob("*.pt"), key=os.path.getmtime)[:-2]:  # steps may mislead
         old.unlink()
 
@@ -493,31 +501,18 @@ def load_checkpoint(folder):
 def evaluate(model, clips, s, device):
     """Every caption against every clip -> MMS_F (A, B), MMS_V (A, B), target (A,), on the CPU."""
     model.eval()
-    mine, encoded = rank_slice(clips), []
-    chunks = [mine[i:i + 32] for i in range(0, len(mine), 32)]
+    mine, size, encoded = rank_slice(clips), s.micro_batch or 32, []
+    chunks = [mine[i:i + size] for i in range(0, len(mine), size)]
     load = functools.partial(load_frames, s=s, size=model.image_size)
     bar = tqdm(prefetch(load, chunks, s.workers), "evaluating", len(chunks), disable=RANK > 0)
     for chunk, frames in zip(chunks, bar):
         ids, mask = model.tokenize([caption for clip in chunk for caption in clip.captions])
-        with autocast(device):
-            Q = model.encode_query(ids.to(device), mask.to(device))
-            F, V = model.encode_video(frames.to(device))
+        Q, F, V = encode(model, s, ids.to(device), mask.to(device), frames.to(device))
         encoded.append([x.cpu() for x in (Q, mask, F, V)])
     Q, mask, F, V = (torch.cat(parts).to(device) for parts in zip(*gather_lists(encoded)))
     sim_F, sim_V = model.similarities(Q, mask, F, V)
     captions = torch.tensor([len(clip.captions) for clip in clips])
     return sim_F.cpu(), sim_V.cpu(), torch.arange(len(clips)).repeat_interleave(captions)
-
-def results_table(record):
-    """The last record of a run's log as a table to print."""
-    note = f", {record['missing']} test clips missing: not comparable" if record["missing"] else ""
-    names = list(record["evaluation"][0])[3:]                     # the metrics
-    lines = [f"gallery of {record['gallery']} clips{note}",
-             f"{'':15}queries  score  " + "".join(f"{name:>9}" for name in names)]
-    for row in record["evaluation"]:
-        values = [f"{row[name]:9.3f}" if "nDCG" in name else f"{row[name]:9.1f}" for name in names]
-        lines.append(f"{row['direction']:15}{row['queries']:7}  {row['score']:7}" + "".join(values))
-    return "\n".join(lines)
 
 # ---- A run ---------------------------------------------------------------------------------------
 def finished(out):
@@ -559,9 +554,17 @@ def run(s, device):
             module.compile()                     # in place, so that the parameters keep their names
     data, missing, pixels = fill_cache(data, s, model.image_size)
     out = Path(gather_lists([s.resume or str(new_folder(s))] if RANK == 0 else [])[0])
-    if s.epochs:
-        train(model, data, s, device, out, f"{data_id} {pixels['train']}")
-    rows = result_rows(*evaluate(model, data["test"], s, device), model.config.interaction)
+    try:
+        if s.epochs:
+            train(model, data, s, device, out, f"{data_id} {pixels['train']}")
+        rows = result_rows(*evaluate(model, data["test"], s, device), model.config.interaction)
+    except (InputError, torch.OutOfMemoryError) as error:
+        if not isinstance(error, InputError):
+            total, now = torch.cuda.mem_get_info(device)[1], s.micro_batch or s.batch_size // WORLD
+            error = (f"{device} has {total / 2 ** 30:.0f} GiB, too little for {now} of a batch of "
+                     f"{s.batch_size} videos: use --resume {out} --micro-batch {now // 4 or 1}")
+        last = max(out.glob("checkpoints/*.pt"), default="none")
+        raise InputError(f"{error}; last good checkpoint: {last}") from None
     if RANK == 0:
         if not s.eval_only:
             model.save(out)
@@ -577,9 +580,7 @@ def run(s, device):
 
 def pick_device(name):
     """auto is a GPU if there is one. Of several processes on a machine each takes its own."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else \
-            "mps" if torch.backends.mps.is_available() else "cpu"
+    name = str(torch.accelerator.current_accelerator(True) or "cpu") if name == "auto" else name
     try:
         if name == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -612,8 +613,7 @@ def run_main(main, name):
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
-        print(f"{name}: {str(error) or 'stopped; decoded clips are kept: run again, or --resume'}",
-              file=sys.stderr)
+        print(f"{name}: {str(error) or 'stopped: run again, or --resume'}", file=sys.stderr)
         os._exit(130)                                             # without waiting for threads
 
 if __name__ == "__main__":

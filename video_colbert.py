@@ -61,8 +61,7 @@ def mean_max_sim(Q, V, mask=None):
     """Equations 3 and 4: the mean over query tokens of each token's best similarity to a frame.
 
     Q (A, M, d), V (B, N, d) and optionally a bool mask (A, M) of the tokens that count -> (A, B),
-    at least float32. The vectors are not normalised here: unit vectors give a mean of cosines.
-    """
+    at least float32. The vectors are not normalised here: unit vectors give a mean of cosines."""
     A, M, B, N = *Q.shape[:2], *V.shape[:2]
     dtype = torch.promote_types(Q.dtype, torch.float32)      # bf16 is too coarse for a scale of 118
     frames = V.to(dtype).transpose(0, 1).flatten(0, 1)         # (N B, d): frames first, a fast amax
@@ -89,8 +88,7 @@ def mms_fv(mms_f, mms_v):
 # `positives` is bool (A, B), by default the diagonal. `logit_scale` is log t, as SigLIP stores it.
 def sigmoid_loss(sim, positives=None, logit_scale=4.77, logit_bias=-12.93):
     """Equation 6 on similarities (A, B) -> scalar, summed over videos and averaged over queries.
-    The bias is added: `t x + b`, as in SigLIP's released code. The paper prints `-t x + b`.
-    """
+    The bias is added: `t x + b`, as in SigLIP's released code. The paper prints `-t x + b`."""
     if positives is None:
         positives = torch.eye(*sim.shape, dtype=torch.bool, device=sim.device)
     z = torch.where(positives, 1.0, -1.0)                         # (A, B)
@@ -99,8 +97,7 @@ def sigmoid_loss(sim, positives=None, logit_scale=4.77, logit_bias=-12.93):
 
 def info_nce_loss(sim, positives=None, logit_scale=4.6052, logit_bias=0.0):
     """The baseline of section 4.3 on similarities (A, B) -> scalar, averaged over both directions.
-    Several positives share the target of their row or column. `logit_bias` cancels in the softmax.
-    """
+    Several positives share the target of their row or column. `logit_bias` has no effect."""
     if positives is None:
         positives = torch.eye(*sim.shape, dtype=torch.bool, device=sim.device)
     logits = torch.as_tensor(logit_scale, dtype=sim.dtype, device=sim.device).exp() * sim
@@ -131,8 +128,7 @@ FROZEN = ("text.positional_embedding", "text.token_embedding", "visual.positiona
 
 def load_backbone(name, pretrained):
     """An open_clip model by name -> (model, mean (3,), std (3,)), the last two of its weights.
-    Raises InputError for an unknown name, for another kind of model and for missing weights.
-    """
+    Raises InputError for an unknown name, for another kind of model and for missing weights."""
     openai = dict(mean=open_clip.OPENAI_DATASET_MEAN, std=open_clip.OPENAI_DATASET_STD)
     if name == "tiny":
         clip = open_clip.CustomTextCLIP(**TINY)
@@ -171,8 +167,7 @@ def load_backbone(name, pretrained):
 class TemporalTransformer(nn.Module):
     """Contextualises the frames of a video (sections 4.1, 4.2): f (B, N, d) -> (B, N + E, d).
     The layers start as the text encoder's first ones, weights included (the paper is silent on the
-    weights; CLIP4Clip, X-CLIP and DRL do this). If there are more, they repeat from its first.
-    """
+    weights; CLIP4Clip, X-CLIP and DRL do this). If there are more, they repeat from its first."""
 
     def __init__(self, config, text):
         super().__init__()
@@ -385,8 +380,7 @@ def sample_frames(path, num_frames, size, start=0.0, end=None, times=None):
     `times` is frame_times(path).
 
     -> uint8 (num_frames, 3, size, size), RGB, resized without keeping the aspect ratio. A clip with
-    fewer frames repeats them. Raises InputError, which names the file, if no frame can be had.
-    """
+    fewer frames repeats them. Raises InputError, which names the file, if no frame can be had."""
     try:
         ticks, last, tick, are_pts = times or frame_times(path)
         first = ticks[0] + start / tick if ticks else last
@@ -422,8 +416,7 @@ def ranks(sim, target):
 
 def retrieval_metrics(sim, target):
     """sim (A, B), target int (A,) as in `ranks` -> R@1, R@5, R@10 in percent, nDCG@10 from 0 to 1,
-    median and mean rank MdR and MnR, a dict. Raises ValueError for NaN and for no queries.
-    """
+    median and mean rank MdR and MnR, a dict. Raises ValueError for NaN and for no queries."""
     sim, target = torch.as_tensor(sim), torch.as_tensor(target, dtype=torch.int64)
     if sim.isnan().any():
         raise ValueError("the similarities hold NaN")
@@ -462,12 +455,22 @@ def result_rows(sim_F, sim_V, target, interaction="mms"):
                              **retrieval_metrics(sim, goal)))
     return rows
 
+def results_table(result):
+    """{"evaluation": result_rows, "gallery": videos ranked, "missing": videos left out} as text."""
+    missing, rows = result["missing"], result["evaluation"]
+    note = f", {missing} test clips missing: not comparable" if missing else ""
+    header = [f"{name:>15}" if name == "direction" else f"{name:>9}" for name in rows[0]]
+    lines = [f"gallery of {result['gallery']} clips{note}", "".join(header)]
+    for direction, *values in (row.values() for row in rows):
+        cells = [f"{x:#9.4g}" if isinstance(x, float) else f"{x:>9}" for x in values]
+        lines.append(f"{direction:>15}" + "".join(cells))
+    return "\n".join(lines)
+
 # ---- Figure 4: which frame does each word pick, before and after the temporal transformer? ------
 @torch.no_grad()
 def interactions(model, query, frames):
     """query str, uint8 frames (N, 3, S, S) -> its W words, similarities (W, N) before and after.
-    Subword tokens are averaged. As in the paper's figure, expansion tokens take no part.
-    """
+    Subword tokens are averaged. As in the paper's figure, expansion tokens take no part."""
     F, V = model.encode_video(frames[None].to(model.device))      # (1, N, d), (1, N + E, d)
     special = int(model.real_tokens(model.tokenize([""])[0]).sum())  # start and end, or only end
     ids, _ = model.tokenize([query])
@@ -488,8 +491,7 @@ def interactions(model, query, frames):
 def draw_interactions(rows, side=96):
     """rows of (title, words, frames (N, 3, S, S), before (W, N), after (W, N)) -> PIL image.
     Each row is a strip of at most 12 frames, those that words picked first. Above a frame stand the
-    words that pick it before the temporal transformer, below it those that pick it after.
-    """
+    words that pick it before the temporal transformer, below it those that pick it after."""
     green, red, font, strips = "#0a7d28", "#c4161c", ImageFont.load_default(12), []
     width = 70 + side * max(5, *(min(12, len(frames)) for _, _, frames, _, _ in rows))
     for title, words, frames, before, after in rows:

@@ -126,6 +126,7 @@ def bench_clips(s, size):
 def bench_step(s, model, device):
     """Where the time of a training step goes."""
     batch, optimizer = random_batch(s, model, device), train.make_optimizer(model, s)
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
     (ids, mask, frames, positives), A = batch, len(batch[0])
     for group in optimizer.param_groups:
         group["lr"] = 0.0                                         # the weights stay as they are
@@ -149,8 +150,10 @@ def bench_step(s, model, device):
         torch.nn.utils.clip_grad_norm_(model.parameters(), s.max_grad_norm)
         optimizer.step()
 
-    def step():
-        train.training_step(model, optimizer, s, *batch)
+    def step(micro_batch=s.micro_batch):
+        train.training_step(model, optimizer, scaler, replace(s, micro_batch=micro_batch), *batch)
+
+    quarter = -(-s.batch_size // 4)
 
     with FlopCounterMode(display=False) as counter:
         with autocast(device):
@@ -160,10 +163,10 @@ def bench_step(s, model, device):
         for module in (model.clip.visual, model.clip.text.transformer, model.temporal):
             module.compile()
     peak = extra_megabytes(device, step)
-    image, text, pixels, temporal, loss, optimise, whole = median_seconds(
+    image, text, pixels, temporal, loss, optimise, in_quarters, whole = median_seconds(
         device, lambda: backward(model.clip.visual, images),
         lambda: backward(model.encode_query, ids, mask), normalise,
-        lambda: backward(model.temporal, F), only_loss, update, step,
+        lambda: backward(model.temporal, F), only_loss, update, lambda: step(quarter), step,
         repeat=9 if device.type == "cuda" else 3)
     card = torch.cuda.get_device_name() if device.type == "cuda" else ""
     flops, top = counter.get_total_flops() / whole, [v for k, v in PEAK_FLOPS.items() if k in card]
@@ -175,6 +178,7 @@ def bench_step(s, model, device):
                        ("clipping and optimiser", optimise)):
         lines.append(f"  {name:24}{1000 * part:10.1f} ms {100 * part / whole:6.1f}%")
     rest = pixels + temporal + loss + optimise
+    lines.append(f"  with --micro-batch {quarter}: {in_quarters / whole:.2f} of the time")
     return lines + [f"  all but the two encoders {100 * rest / whole:.1f}%; 900,000 pairs, five "
                     f"epochs of MSR-VTT, would take {900_000 * whole / A / 3600:.1f} h"]
 
@@ -246,30 +250,24 @@ def activation_bytes(model, num_frames):
         lambda count: [torch.ones(count, M, dtype=torch.int64), torch.ones(count, M)])
     return num_frames * per_frame + per_video, per_caption, once_image + once_temporal + once_text
 
-def measured_peak(s, device, chunk):
-    """Peak memory in bytes of a step on a batch if `chunk` videos at a time are encoded and go
-    backward, with weights, gradients and Adam's moments; NaN if it does not fit on the device."""
-    def step():
+def measured_peak(s, device):
+    """Peak memory in bytes of training from a model without weights on, NaN if it does not fit."""
+    def steps():
         model = VideoColBERT(s).to(device)
-        optimizer = train.make_optimizer(model, s)
-        ids, mask, frames, _ = random_batch(s, model, device)
+        optimizer, batch = train.make_optimizer(model, s), random_batch(s, model, device)
+        scaler = torch.amp.GradScaler(device.type, enabled=False)
         for _ in range(2):                             # Adam's moments exist from the second on
-            for part in zip(ids.split(chunk), mask.split(chunk), frames.split(chunk)):
-                with autocast(device):
-                    Q, (F, V) = model.encode_query(*part[:2]), model.encode_video(part[2])
-                (Q.sum() + F.sum() + V.sum()).backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=False)                # gradients stay, the worst case
+            train.training_step(model, optimizer, scaler, s, *batch)
     try:
-        return 2 ** 20 * extra_megabytes(device, step)
-    except torch.cuda.OutOfMemoryError:
+        return 2 ** 20 * extra_megabytes(device, steps)
+    except torch.OutOfMemoryError:
         return math.nan
 
-def bench_memory(device, batch=128, chunks=(128, 32, 8)):
+def bench_memory(device, batch=128, micro_batches=(128, 32, 8)):
     """What a training step on `batch` videos and captions takes for each of the paper's backbones
-    if so many videos at a time are encoded and go backward; on a GPU also what it took."""
-    lines = [f"a step on {batch} videos, one caption each: activations of so many at a time, "
-             "weights, gradients, Adam's moments, pixels"]
+    with so many videos in a --micro-batch; on a GPU also what it took."""
+    lines = [f"a step on {batch} videos, one caption each: activations of a micro-batch, weights, "
+             "gradients, Adam's moments, pixels"]
     for backbone in PAPER_BACKBONES:
         for num_frames, num_tokens in ((12, 32), (64, 64)):
             s = parse_settings(["--data", "msrvtt", "--backbone", backbone, "--pretrained", "none",
@@ -284,13 +282,14 @@ def bench_memory(device, batch=128, chunks=(128, 32, 8)):
             del model
             lines.append(f"{backbone}, {num_frames} frames: activations {per_video / 1e6:.0f} MB "
                          f"per video, {per_caption / 1e6:.1f} MB per caption")
-            for chunk in chunks:
-                need = (fixed + chunk * (per_video + per_caption)) / 1e9
+            for size in micro_batches:
+                need = (fixed + size * (per_video + per_caption)) / 1e9
                 # A tenth is left to CUDA itself, to buffers and to what the allocator rounds up.
                 fits = " ".join(str(card) for card in CARDS if need < 0.9 * card)
-                measured = f" (measured: {measured_peak(s, device, chunk) / 1e9:.1f})" \
-                    if device.type == "cuda" else ""
-                lines.append(f"  {chunk:3} at a time: {need:6.1f} GB{measured}; "
+                peak = measured_peak(replace(s, micro_batch=size), device) / 1e9 \
+                    if device.type == "cuda" else math.nan
+                measured = "" if math.isnan(peak) else f" (measured: {peak:.1f})"
+                lines.append(f"  --micro-batch {size:3}: {need:6.1f} GB{measured}; "
                              + (f"fits a card of {fits} GB" if fits else "fits none of the cards"))
     return lines
 

@@ -156,7 +156,7 @@ def convert(dataset, root, out):
     for split, source, annotated in LOADERS[dataset](root):
         clips = [Clip(find_video(videos, video, root), captions, end=end)
                  for video, captions in annotated]
-        validate_clips(clips, [source] * len(clips))
+        validate_clips([(clip, source) for clip in clips])
         missing = [clip.path for clip in clips if not os.path.exists(clip.path)]
         if split != "test":
             clips = [clip for clip in clips if os.path.exists(clip.path)]

@@ -69,14 +69,14 @@ def test_a_videos_activations_are_those_of_the_whole_encoder(num_frames):
 def test_memory_is_told_for_each_backbone_and_number_of_videos(monkeypatch):
     monkeypatch.setattr(bench, "PAPER_BACKBONES", ("tiny",))
     monkeypatch.setattr(bench, "CARDS", (0.05, 0.2, 5))
-    lines = bench.bench_memory(CPU, batch=16, chunks=(16, 4))
+    lines = bench.bench_memory(CPU, batch=16, micro_batches=(16, 4))
     assert len(lines) == 1 + 2 * 3
     assert lines[1].startswith("tiny, 12 frames") and lines[4].startswith("tiny, 64 frames")
-    assert re.match(r" +16 at a time: +\d+\.\d GB; fits a card of .*5 GB", lines[2])
+    assert re.match(r"  --micro-batch  16: +\d+\.\d GB; fits a card of .*5 GB", lines[2])
 
 def test_the_cards_that_a_step_fits_follow_from_its_bytes(monkeypatch):
-    """Weights and gradients are 1 GB, activations 0.1 GB per video and caption: 8 at a time take
-    a little more than 1.8 GB, 128 a little more than 13.8."""
+    """Weights and gradients are 1 GB, activations 0.1 GB per video and caption: a micro-batch of 8
+    takes a little more than 1.8 GB, one of 128 a little more than 13.8."""
     class Model:
         image_size = 1
         def parameters(self):
@@ -85,16 +85,17 @@ def test_the_cards_that_a_step_fits_follow_from_its_bytes(monkeypatch):
     monkeypatch.setattr(bench, "VideoColBERT", lambda s: Model())
     monkeypatch.setattr(bench, "activation_bytes", lambda model, frames: (99e6, 1e6, 0))
     lines = bench.bench_memory(CPU)
-    assert lines[2:5] == ["  128 at a time:   13.8 GB; fits a card of 16 24 80 GB",
-                          "   32 at a time:    4.2 GB; fits a card of 16 24 80 GB",
-                          "    8 at a time:    1.8 GB; fits a card of 16 24 80 GB"]
+    assert lines[2:5] == ["  --micro-batch 128:   13.8 GB; fits a card of 16 24 80 GB",
+                          "  --micro-batch  32:    4.2 GB; fits a card of 16 24 80 GB",
+                          "  --micro-batch   8:    1.8 GB; fits a card of 16 24 80 GB"]
     monkeypatch.setattr(bench, "activation_bytes", lambda model, frames: (150e6, 10e6, 0))
-    assert bench.bench_memory(CPU)[2] == "  128 at a time:   21.5 GB; fits a card of 24 80 GB"
+    assert bench.bench_memory(CPU)[2] == "  --micro-batch 128:   21.5 GB; fits a card of 24 80 GB"
     monkeypatch.setattr(bench, "activation_bytes", lambda model, frames: (900e6, 0, 0))
-    assert bench.bench_memory(CPU)[2] == "  128 at a time:  116.2 GB; fits none of the cards"
+    assert bench.bench_memory(CPU)[2] == "  --micro-batch 128:  116.2 GB; fits none of the cards"
 
-def test_the_measured_step_encodes_so_many_videos_at_a_time(monkeypatch):
-    """Two steps on all videos; what does not fit on the GPU is NaN, not an error."""
+def test_the_measured_peak_is_of_two_training_steps(monkeypatch):
+    """Each passes twice over micro-batches of 2, 2 and 1 videos. What does not fit on the GPU is
+    NaN, not an error."""
     encode_video, sizes = VideoColBERT.encode_video, []
     def note_and_encode(model, frames):
         sizes.append(len(frames))
@@ -102,12 +103,13 @@ def test_the_measured_step_encodes_so_many_videos_at_a_time(monkeypatch):
     def run_and_say_one_megabyte(device, call):
         call()
         return 1.0
-    s = parse_settings(["--backbone", "tiny", "--data", "msrvtt", "--batch-size", "5"])
+    s = parse_settings(["--backbone", "tiny", "--data", "msrvtt", "--batch-size", "5",
+                        "--micro-batch", "2"])
     with monkeypatch.context() as patch:
         patch.setattr(VideoColBERT, "encode_video", note_and_encode)
         patch.setattr(bench, "extra_megabytes", run_and_say_one_megabyte)
-        assert bench.measured_peak(s, CPU, 2) == 2 ** 20 and sizes == [2, 2, 1] * 2
+        assert bench.measured_peak(s, CPU) == 2 ** 20 and sizes == [2, 2, 1] * 4
     def does_not_fit(device, call):
         raise torch.cuda.OutOfMemoryError
     monkeypatch.setattr(bench, "extra_megabytes", does_not_fit)
-    assert math.isnan(bench.measured_peak(s, CPU, 2))
+    assert math.isnan(bench.measured_peak(s, CPU))

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import av
@@ -351,11 +352,11 @@ def test_a_signal_saves_a_checkpoint_and_stops(data, monkeypatch, number):
 def test_a_loss_or_gradient_that_is_not_finite_stops_before_a_checkpoint_holds_it(
         data, monkeypatch, spoilt):
     calls, step = itertools.count(), train.training_step
-    factor = torch.ones(4).index_fill(0, torch.tensor(spoilt), math.nan)
+    factor = torch.ones(5).index_fill(0, torch.tensor(spoilt), math.nan)
     def spoils_step_2(*args):
         return step(*args) * (factor if next(calls) == 2 else 1)
     monkeypatch.setattr(train, "training_step", spoils_step_2)
-    with pytest.raises(InputError, match="nan.* in step 2; .*step-00000002.pt; videos: ./clip.mp4"):
+    with pytest.raises(InputError, match="nan.* in step 2; videos: ./clip.mp4.*step-00000002.pt"):
         train.main([*SMALL, "--data", "clips.jsonl", "--out", "a"])
     assert os.listdir("a/checkpoints") == ["step-00000002.pt"]
 
@@ -496,7 +497,7 @@ def test_mutated_annotations_give_valid_clips_or_one_clear_error(tmp_path, kind)
             (root / name).write_bytes(content)
         try:
             for clips in train.load_clips(s).values():
-                assert train.validate_clips(clips, itertools.repeat("")) == clips
+                assert train.validate_clips([(clip, "") for clip in clips]) == clips
                 assert all(text.encode() for clip in clips for text in clip.captions)
             outcomes.append("clips")
         except InputError as error:
@@ -671,7 +672,7 @@ def test_ctrl_c_while_the_synthetic_clips_are_written_is_one_line(tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     last = process.communicate(timeout=30)[1].splitlines()[-1]
-    assert process.returncode == 130 and "train.py: stopped; decoded clips are kept" in last
+    assert process.returncode == 130 and "train.py: stopped: run again" in last
     assert not (tmp_path / "data/shapes/clips.jsonl").exists()
 
 def test_ctrl_c_while_evaluating_is_one_line(data):
@@ -686,7 +687,7 @@ def test_ctrl_c_while_evaluating_is_one_line(data):
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     last = process.communicate(timeout=30)[1].splitlines()[-1]
-    assert process.returncode == 130 and "train.py: stopped; " in last and "--resume" in last
+    assert process.returncode == 130 and "train.py: stopped: " in last and "--resume" in last
 
 def test_ctrl_c_under_torchrun_saves_and_our_last_line_says_how_to_resume(data):
     """What torchrun prints after it is its own."""
@@ -712,9 +713,10 @@ def test_a_signal_to_the_process_saves_a_checkpoint_and_prints_one_line(data):
     assert process.returncode == 130
     assert re.search(r"train.py: stopped after step \d+; resume with --resume a", last)
 
-def run_two_processes(*flags):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", train.__file__]
-    done = subprocess.run([*command, *flags], capture_output=True, text=True)
+def run_two_processes(*flags, program=train.__file__):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", program]
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(train.__file__)}
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
 
 def test_two_processes_end_with_the_parameters_of_one(data):
@@ -759,3 +761,168 @@ def test_a_killed_decoding_continues_and_gives_the_same_cache(tmp_path):
     before = files("killed")
     assert start("whole").wait() == 0 and 5 <= len(before) < len(files("whole")) == 60
     assert start("killed").wait() == 0 and files("killed") == files("whole")
+
+# ---- Micro-batches, precision, memory ------------------------------------------------------------
+class GradientRecorder:
+    """In place of the optimiser: keeps the gradients that a step would be made with."""
+    def __init__(self, model):
+        self.model = model
+    def step(self):
+        self.gradients = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+    def zero_grad(self):
+        self.model.zero_grad()
+
+def gradients(micro_batch, k, loss="sigmoid", loss_form="dual"):
+    """Of a training step on 8 videos with 1 to k captions each, by the parameter's name."""
+    s = train.Settings(backbone="tiny", num_frames=3, num_tokens=8, freeze=False, learn_scale=True,
+                       logit_scale=2.0, loss=loss, loss_form=loss_form, max_grad_norm=1e9,
+                       micro_batch=micro_batch, captions_per_video=k)
+    torch.manual_seed(0)
+    model, frames = VideoColBERT(s), torch.randint(0, 256, (8, 3, 3, 64, 64), dtype=torch.uint8)
+    ids = [torch.randint(1, 400, (1 + i % k, 8)) for i in range(8)]
+    owner = torch.arange(8).repeat_interleave(torch.tensor([len(x) for x in ids]))
+    mine = train.rank_slice(range(8), train.RANK)
+    my_ids, recorder = torch.cat([ids[i] for i in mine]), GradientRecorder(model)
+    train.training_step(model, recorder, torch.amp.GradScaler("cpu", enabled=False), s, my_ids,
+                        my_ids < 350, frames[list(mine)], owner[:, None] == torch.arange(8))
+    return recorder.gradients
+
+def assert_equal_gradients(got, want):
+    """Each parameter's, to 1e-5 of its norm."""
+    assert got.keys() == want.keys() and len(want) > 60
+    for name in want:
+        assert (got[name] - want[name]).norm() <= 1e-5 * want[name].norm(), name
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("loss", ["sigmoid", "infonce"])
+@pytest.mark.parametrize("form", ["dual", "combined"])
+def test_micro_batches_give_the_gradients_of_the_whole_batch(k, loss, form):
+    whole = gradients(0, k, loss, form)
+    for micro_batch in (1, 3, 8):
+        assert_equal_gradients(gradients(micro_batch, k, loss, form), whole)
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_micro_batches_in_two_processes_give_the_gradients_of_the_whole_batch(tmp_path, k):
+    (tmp_path / "run.py").write_text(
+        "import torch, train\n"
+        "from extras.test_core import gradients\n"
+        "torch.distributed.init_process_group('gloo')\n"
+        f"found = [gradients(n, {k}) for n in (0, 1, 3)]\n"
+        f"torch.save(found, f'{tmp_path}/{{train.RANK}}.pt')\n"
+        "torch.distributed.destroy_process_group()\n")
+    run_two_processes(program=f"{tmp_path}/run.py")
+    whole = gradients(0, k)
+    for rank in range(2):
+        for found in torch.load(tmp_path / f"{rank}.pt"):
+            assert_equal_gradients(found, whole)
+
+def test_no_part_of_a_micro_batched_step_holds_more_than_its_videos(monkeypatch):
+    """The encoders see at most N videos and N k captions at a time, in both passes."""
+    sizes = {"encode_video": [], "encode_query": []}
+    for name in sizes:
+        def noted(model, x, *args, name=name, encode=getattr(VideoColBERT, name)):
+            sizes[name].append(len(x))
+            return encode(model, x, *args)
+        monkeypatch.setattr(VideoColBERT, name, noted)
+    gradients(3, 3)
+    assert sizes == {"encode_video": [3, 3, 2] * 2, "encode_query": [5, 5, 5] * 2}
+
+def test_out_of_memory_is_one_line_that_names_the_next_micro_batch(data, monkeypatch, capsys):
+    flags = [*SMALL, "--data", "clips.jsonl", "--checkpoint-every", "1", "--out", "a"]
+    calls, encode_video = itertools.count(), VideoColBERT.encode_video
+    def needs_more_than_there_is(model, frames):
+        if model.training and next(calls) > 0 and len(frames) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return encode_video(model, frames)
+    monkeypatch.setattr(VideoColBERT, "encode_video", needs_more_than_there_is)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 24 * 2 ** 30))
+    with pytest.raises(SystemExit, match="2"):
+        train.run_main(lambda: train.main(flags), "train.py")
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "train.py: cpu has 24 GiB, too little for 4 of a batch of 4 videos: use --resume a "
+        "--micro-batch 1; last good checkpoint: a/checkpoints/step-00000001.pt")
+    train.main(["--resume", "a", "--micro-batch", "1"])
+    assert len(records("a")) == 4 + 2 + 1
+
+@pytest.mark.parametrize("native, dtype", [(False, torch.float16), (True, torch.bfloat16)])
+def test_auto_precision_is_bf16_on_gpus_that_have_it_fp16_on_others(monkeypatch, native, dtype):
+    """PyTorch counts emulation as support unless it is told not to: a T4 would get bf16."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                        lambda including_emulation=True: including_emulation or native)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                           # there is no GPU here
+        assert train.autocast(torch.device("cuda")).fast_dtype == dtype
+    for device in ("cpu", "mps"):
+        with train.autocast(torch.device(device)):
+            assert not torch.is_autocast_enabled(device)
+    with train.autocast(torch.device("cpu"), "bf16"):
+        assert torch.is_autocast_enabled("cpu")
+
+class Overflows(torch.autograd.Function):
+    """The identity, whose gradient is infinite if it exceeds a limit, as fp16's does."""
+    limit = 8000.0
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.where(gradient.abs().max() < Overflows.limit, torch.inf)
+
+@pytest.fixture
+def overflows(monkeypatch):
+    encode_video = VideoColBERT.encode_video
+    def encode(model, frames):
+        return [Overflows.apply(x) for x in encode_video(model, frames)]
+    monkeypatch.setattr(VideoColBERT, "encode_video", encode)
+
+def test_fp16_skips_steps_that_overflow_and_resumes_to_the_same_bytes(data, monkeypatch, overflows):
+    """Until the scale has been halved five times no parameter moves; the log counts these steps."""
+    flags = [*SMALL, "--data", "clips.jsonl", "--precision", "fp16", "--checkpoint-every", "1",
+             "--epochs", "4"]
+    train.main([*flags, "--out", "whole"])
+    log = [line for line in records("whole") if "loss" in line]
+    assert [line.get("skipped") for line in log] == [1, 2, 3, 4, 5, None, None, None]
+    assert [line["loss_scale"] for line in log[:5]] == [65536 / 2 ** i for i in range(5)]
+    assert [line["grad_norm"] is None for line in log] == [True] * 5 + [False] * 3
+    run_until(monkeypatch, [*flags, "--out", "a"], "training_step", 5)
+    state = train.load_checkpoint(Path("a/checkpoints"))
+    assert state["scaler"]["scale"] == 2048 and state["skipped"] == [0, 1, 2, 3, 4]
+    torch.manual_seed(0)
+    start = VideoColBERT(train.parse_settings(flags)).state_dict()
+    assert all(torch.equal(state["model"][name], start[name]) for name in start)
+    train.main(["--resume", "a"])
+    assert contents("a") == contents("whole")
+
+def test_gradients_that_no_scale_of_fp16_explains_are_divergence(data, monkeypatch, overflows):
+    monkeypatch.setattr(Overflows, "limit", 0.0)
+    with pytest.raises(InputError, match=r"gradient norm (nan|inf) in step 16; .*step-00000016.pt"):
+        train.main([*SMALL, "--data", "clips.jsonl", "--precision", "fp16", "--epochs", "20"])
+
+def test_a_run_of_fp16_resumes_where_auto_is_another_precision(data, monkeypatch):
+    """Of the two cards, one has no state of a scaler to give or to take."""
+    flags, autocast = [*SMALL, "--data", "clips.jsonl", "--checkpoint-every", "1"], train.autocast
+    for first, second in (("fp16", "fp32"), ("fp32", "fp16")):
+        monkeypatch.setattr(train, "autocast", lambda device, _="": autocast(device, first))
+        run_until(monkeypatch, [*flags, "--out", first], "training_step", 2)
+        monkeypatch.setattr(train, "autocast", lambda device, _="": autocast(device, second))
+        train.main(["--resume", first])
+        assert records(first)[-1]["gallery"] == 2
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_similarities_and_losses_stay_in_float32(data, monkeypatch, precision):
+    """The encoders compute in half precision, what they return is float32."""
+    seen, loss, conv = [], VideoColBERT.loss, torch.nn.Conv2d.forward
+    def note_loss(model, *args):
+        out = loss(model, *args)
+        seen.extend(x.dtype for x in (args[0], args[2], args[3], *out))
+        return out
+    def note_conv(module, x):
+        out = conv(module, x)
+        halves.add(out.dtype)
+        return out
+    halves = set()
+    monkeypatch.setattr(VideoColBERT, "loss", note_loss)
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", note_conv)
+    train.main([*SMALL, "--data", "clips.jsonl", "--epochs", "1", "--precision", precision])
+    assert set(seen) == {torch.float32}
+    assert halves == {torch.bfloat16 if precision == "bf16" else torch.float16}
