@@ -10,9 +10,11 @@
 Shapes: A queries, B videos, M query tokens, N frames, E visual expansion tokens, d the width of the
 joint embedding. Section, equation and table numbers are the paper's.
 """
+import bisect
 import contextlib
 import copy
 import difflib
+import itertools
 import json
 import os
 import threading
@@ -73,8 +75,7 @@ def mean_max_sim(Q, V, mask=None):
         best = sim.view(len(q) * M, N, B).amax(1)                 # (a M, B), max over frames
         return (w[:, None] @ best.view(len(q), M, B)).squeeze(1)  # (a, B), mean over tokens
 
-    # Without gradients `sim` is cut to pieces of about 32 MB. With gradients autograd keeps all of
-    # it, which is little beside the encoders' activations.
+    # Without gradients `sim` is cut to pieces of 32 MB. With gradients autograd keeps all of it.
     a = A if torch.is_grad_enabled() else 2 ** 23 // max(1, M * N * B)
     with torch.autocast(Q.device.type, enabled=False):
         pieces = zip(Q.to(dtype).split(max(1, a)), weight.split(max(1, a)))
@@ -89,8 +90,7 @@ def mms_fv(mms_f, mms_v):
 def sigmoid_loss(sim, positives=None, logit_scale=4.77, logit_bias=-12.93):
     """Equation 6 on similarities (A, B) -> scalar, summed over videos and averaged over queries.
     The bias is added: `t x + b`, as in SigLIP's released code. The paper prints `-t x + b`."""
-    if positives is None:
-        positives = torch.eye(*sim.shape, dtype=torch.bool, device=sim.device)
+    positives = torch.eye(*sim.shape, device=sim.device) > 0 if positives is None else positives
     z = torch.where(positives, 1.0, -1.0)                         # (A, B)
     t = torch.as_tensor(logit_scale, dtype=sim.dtype, device=sim.device).exp()  # exp(4.77) = 118
     return -logsigmoid(z * (t * sim + logit_bias)).sum() / len(sim)  # over A queries, not all pairs
@@ -98,8 +98,7 @@ def sigmoid_loss(sim, positives=None, logit_scale=4.77, logit_bias=-12.93):
 def info_nce_loss(sim, positives=None, logit_scale=4.6052, logit_bias=0.0):
     """The baseline of section 4.3 on similarities (A, B) -> scalar, averaged over both directions.
     Several positives share the target of their row or column. `logit_bias` has no effect."""
-    if positives is None:
-        positives = torch.eye(*sim.shape, dtype=torch.bool, device=sim.device)
+    positives = torch.eye(*sim.shape, device=sim.device) > 0 if positives is None else positives
     logits = torch.as_tensor(logit_scale, dtype=sim.dtype, device=sim.device).exp() * sim
     target = positives.to(sim.dtype)                              # (A, B)
     text_to_video = cross_entropy(logits, target / target.sum(1, keepdim=True))
@@ -114,11 +113,7 @@ def dual_loss(sim_F, sim_V, positives=None, loss=sigmoid_loss, lambda_frame=1.0,
     loss_F, loss_V = loss(sim_F, positives, **scale), loss(sim_V, positives, **scale)
     return lambda_frame * loss_F + lambda_video * loss_V
 
-def combined_loss(sim_F, sim_V, positives=None, loss=sigmoid_loss, **scale):
-    """The ablation of Table 4: one loss on MMS_FV, from MMS_F and MMS_V, both (A, B)."""
-    return loss(mms_fv(sim_F, sim_V), positives, **scale)
-
-# ---- Backbone (section 5.2) ----------------------------------------------------------------------
+# ---- Model (sections 4.1, 4.2, 5.2) --------------------------------------------------------------
 TINY = dict(embed_dim=64,                                         # for synthetic clips and tests
             vision_cfg=dict(image_size=64, patch_size=16, width=64, layers=2, head_width=32),
             text_cfg=dict(width=64, heads=2, layers=2))
@@ -145,7 +140,6 @@ def load_backbone(name, pretrained):
         raise InputError(f"backbone {name!r} is not supported: it needs a vision transformer and "
                          "a text encoder of open_clip's own that is as wide as its output")
     clip = open_clip.CustomTextCLIP(**config)
-
     tags = open_clip.list_pretrained_tags_by_model(name)
     default = next((tag for tag in ("openai", "webli") if tag in tags), "")
     tag = default if pretrained == "auto" else pretrained
@@ -158,17 +152,15 @@ def load_backbone(name, pretrained):
             file = open_clip.download_pretrained(source) if tag in tags else tag
             open_clip.load_checkpoint(clip, file)
         except Exception as error:     # the network, the hub, the disk, or a file of something else
-            where = source.get("hf_hub") or source.get("url")
             raise InputError(f"cannot load {tag!r} into {name}: {shorten(str(error), 200)}. Give a "
-                             f"file (from {where}), none, or a tag: {', '.join(tags)}") from None
+                             f"file (from {source.get('hf_hub') or source.get('url')}), none, or a "
+                             f"tag: {', '.join(tags)}") from None
     return clip, source["mean"], source["std"]
 
-# ---- Model (sections 4.1, 4.2, 5.2) --------------------------------------------------------------
 class TemporalTransformer(nn.Module):
     """Contextualises the frames of a video (sections 4.1, 4.2): f (B, N, d) -> (B, N + E, d).
     The layers start as the text encoder's first ones, weights included (the paper is silent on the
     weights; CLIP4Clip, X-CLIP and DRL do this). If there are more, they repeat from its first."""
-
     def __init__(self, config, text):
         super().__init__()
         blocks, d = text.transformer.resblocks, text.output_dim
@@ -193,8 +185,8 @@ class VideoColBERT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        choices = dict(interaction=("mms", "mp"), loss=LOSSES, loss_form=("dual", "combined"))
-        for name, known in choices.items():
+        for name, known in (("interaction", ("mms", "mp")), ("loss", LOSSES),
+                            ("loss_form", ("dual", "combined"))):
             if (value := getattr(config, name)) not in known:
                 raise InputError(f"{name} must be {' or '.join(known)}, not {value}")
         if min(config.num_frames, config.temporal_layers) < 1 or config.visual_expansion < 0:
@@ -224,14 +216,13 @@ class VideoColBERT(nn.Module):
 
     @cached_property
     def tokenizer(self):
-        if self.config.backbone == "tiny":
-            return open_clip.SimpleTokenizer()
+        name = "ViT-B-32" if self.config.backbone == "tiny" else self.config.backbone
         try:
-            return open_clip.get_tokenizer(self.config.backbone)
+            return open_clip.get_tokenizer(name)
         except Exception as error:                        # SigLIP's comes from the hub on first use
-            text_config = open_clip.get_model_config(self.config.backbone)["text_cfg"]
-            raise InputError(f"no tokenizer {text_config.get('hf_tokenizer_name')}: fetch it once "
-                             f"with a network ({shorten(str(error), 200)})") from None
+            hub_name = open_clip.get_model_config(name)["text_cfg"].get("hf_tokenizer_name")
+            raise InputError(f"no tokenizer {hub_name}: fetch it once with a network "
+                             f"({shorten(str(error), 200)})") from None
 
     def real_tokens(self, ids):
         """ids (A, M) -> bool (A, M): True for start, words and end, False for pads."""
@@ -292,8 +283,8 @@ class VideoColBERT(nn.Module):
         c, loss = self.config, LOSSES[self.config.loss]
         scale = dict(logit_scale=self.logit_scale, logit_bias=self.logit_bias)
         sim_F, sim_V = self.similarities(Q, mask, F, V)
-        if c.loss_form == "combined":
-            return combined_loss(sim_F, sim_V, positives, loss, **scale), sim_F, sim_V
+        if c.loss_form == "combined":                             # one loss on MMS_FV, Table 4
+            return loss(mms_fv(sim_F, sim_V), positives, **scale), sim_F, sim_V
         total = dual_loss(sim_F, sim_V, positives, loss, c.lambda_frame, c.lambda_video, **scale)
         return total, sim_F, sim_V
 
@@ -303,20 +294,18 @@ class VideoColBERT(nn.Module):
 
     def save(self, folder):
         """Write config.json and model.safetensors into `folder`, each completely or not at all."""
-        folder = Path(folder)
         weights = {name: p.detach().cpu().contiguous() for name, p in self.state_dict().items()}
         config = {f.name: getattr(self.config, f.name) for f in fields(Config)}
-        write_file(folder / "model.safetensors", safetensors.torch.save(weights))
-        write_file(folder / "config.json", json.dumps(config, indent=2).encode())
+        write_file(Path(folder, "model.safetensors"), safetensors.torch.save(weights))
+        write_file(Path(folder, "config.json"), json.dumps(config, indent=2).encode())
 
     @classmethod
     def load(cls, folder):
         """The model that `save` wrote, in eval mode. Raises InputError if the folder holds none."""
-        folder = Path(folder)
-        config = read_settings(Config, folder / "config.json")
+        config = read_settings(Config, Path(folder, "config.json"))
         model = cls(replace(config, pretrained=None))             # its weights are in the folder
         try:
-            model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
+            model.load_state_dict(safetensors.torch.load_file(Path(folder, "model.safetensors")))
         except (OSError, RuntimeError, safetensors.SafetensorError) as error:
             raise InputError(f"{folder} holds no model: {shorten(str(error), 200)}") from None
         model.config = config
@@ -330,8 +319,7 @@ def read_settings(cls, path):
         raise InputError(f"{path} does not hold settings: {shorten(str(error), 200)}") from None
 
 def write_file(path, *parts):
-    """Write bytes to a file completely or not at all, by renaming a temporary file. Creates the
-    folder. Raises InputError that names the file, for example if the disk is full."""
+    """Write bytes to a file, completely or not at all, and make its folder. Raises InputError."""
     temporary = Path(f"{path}.{threading.get_native_id()}.part")
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -347,21 +335,23 @@ def write_file(path, *parts):
 
 # ---- Frames of a video file (section 5.2) --------------------------------------------------------
 def frame_times(path):
-    """-> sorted times of the frames in ticks, end of the last frame, seconds per tick, and whether
-    ticks are presentation times or count frames. Container headers are too unreliable for this."""
+    """-> sorted times of the frames in ticks, end of the last, seconds per tick, (pts, dts) of the
+    keyframes or, if ticks count frames for lack of times, None. Headers are too unreliable."""
     with av.open(str(path), metadata_errors="ignore") as container:
         stream = container.streams.best("video")
         if stream is None or stream.codec_context is None:
             raise InputError(f"{path}: no video stream of a known codec")
-        packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
-        ticks, rate = sorted(p.pts for p in packets if p.pts is not None), stream.average_rate or 25
-        if 0 < len(ticks) == len(packets):
-            last = max(packets, key=lambda p: p.pts)
-            length = last.duration or (ticks[-1] - ticks[0]) // len(ticks) or 1
-            return ticks, ticks[-1] + length, float(stream.time_base), True
-    with av.open(str(path), metadata_errors="ignore") as container:  # no clock: a tick is a frame
+        packets = [(p.pts, p.duration or 0, p.dts or p.pts, p.is_keyframe)
+                   for p in container.demux(stream) if p.size and not p.is_discard]
+        rate = stream.average_rate or 25
+        if packets and all(pts is not None for pts, *_ in packets):
+            ticks = sorted(pts for pts, *_ in packets)
+            length = max(packets)[1] or (ticks[-1] - ticks[0]) // len(ticks) or 1
+            keys = sorted((pts, dts) for pts, _, dts, is_keyframe in packets if is_keyframe)
+            return ticks, ticks[-1] + length, float(stream.time_base), keys
+    with av.open(str(path), metadata_errors="ignore") as container:
         count = sum(1 for _ in container.decode(container.streams.best("video")))
-    return list(range(count)), count, float(1 / rate), False
+    return list(range(count)), count, float(1 / rate), None
 
 def upright_pixels(frame, size):
     """A decoded frame as uint8 (size, size, 3), turned and mirrored as its display matrix says."""
@@ -374,39 +364,60 @@ def upright_pixels(frame, size):
         pixels, a, d = pixels.swapaxes(0, 1), c, b
     return pixels[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
 
-def sample_frames(path, num_frames, size, start=0.0, end=None, times=None):
-    """TSN-style sampling: the frame on screen in the middle (the paper is silent on where) of each
-    of `num_frames` equal segments of a video, or of its part from `start` to `end` in seconds.
-    `times` is frame_times(path).
+def sample_times(path, times, num_frames, start=0.0, end=None):
+    """The times in ticks, (num_frames,), of the frames that sample_frames takes."""
+    ticks, last, tick, _ = times
+    zero = ticks[0] if ticks else last
+    first, last = zero + start / tick, last if end is None else min(last, zero + end / tick)
+    if not first < last:
+        raise InputError(f"{path}: no frames between start {start} and end {end}, in seconds")
+    middles = first + (np.arange(num_frames) + 0.5) / num_frames * (last - first)
+    return np.array(ticks)[np.searchsorted(ticks, middles, side="right") - 1]
 
+def frames_from(container, stream, pts, dts):
+    """Yield (time, frame) from a keyframe on, which is found by its time. Formats seek roughly."""
+    with contextlib.suppress(av.FFmpegError):
+        container.seek(dts, stream=stream)                        # or to some packet before it
+    for packet in itertools.dropwhile(lambda packet: packet.pts != pts, container.demux(stream)):
+        for frame in packet.decode():
+            if frame.pts is not None and frame.pts >= pts:
+                yield frame.pts, frame
+
+def frames_at(path, wanted, keys, size):
+    """Yield the pixels on screen at each of the sorted ticks `wanted`, seeking to one of the `keys`
+    where that skips frames. A file that cannot seek exactly is decoded from the beginning."""
+    with av.open(str(path), metadata_errors="ignore") as container:
+        stream = container.streams.best("video")
+        timed = enumerate(container.decode(stream)) if keys is None else (
+            (frame.pts, frame) for frame in container.decode(stream) if frame.pts is not None)
+        shown, now, coming = None, -np.inf, None
+        for i, tick in enumerate(wanted):
+            key = keys[max(0, bisect.bisect(keys, (tick, np.inf)) - 1)] if keys else None
+            if key and key[0] > max(now, keys[0][0]):
+                timed = frames_from(container, stream, *key)
+                now, coming = next(timed, (None, None))
+                if now != key[0]:
+                    yield from frames_at(path, wanted[i:], [], size)
+                    return
+            while now <= tick:
+                shown = coming
+                now, coming = next(timed, (np.inf, None))
+            if not (shown or coming):
+                raise InputError(f"{path}: no frame can be decoded")
+            yield upright_pixels(shown or coming, size)
+
+def sample_frames(path, num_frames, size, start=0.0, end=None):
+    """TSN-style sampling: the frame on screen in the middle (the paper is silent on where) of each
+    of `num_frames` equal segments of a video, or of its part from `start` to `end` in seconds
     -> uint8 (num_frames, 3, size, size), RGB, resized without keeping the aspect ratio. A clip with
     fewer frames repeats them. Raises InputError, which names the file, if no frame can be had."""
     try:
-        ticks, last, tick, are_pts = times or frame_times(path)
-        first = ticks[0] + start / tick if ticks else last
-        last = last if end is None or not ticks else min(last, ticks[0] + end / tick)
-        if not first < last:
-            raise InputError(f"{path}: no frames between start {start} and end {end}, in seconds")
-        middles = first + (np.arange(num_frames) + 0.5) / num_frames * (last - first)
-        on_screen = np.searchsorted(ticks, middles, side="right") - 1
-        wanted = np.array(ticks)[on_screen]                       # (num_frames,), sorted
-        frames, previous = [], None
-        with av.open(str(path), metadata_errors="ignore") as container:
-            for i, frame in enumerate(container.decode(container.streams.best("video"))):
-                now = frame.pts if are_pts else i
-                if now is None:                                   # a damaged frame
-                    continue
-                while previous and len(frames) < num_frames and wanted[len(frames)] < now:
-                    frames.append(upright_pixels(previous, size))
-                if len(frames) == num_frames:
-                    break
-                previous = frame
-        if previous is None:
-            raise InputError(f"{path}: no frame can be decoded")
-        frames += [upright_pixels(previous, size)] * (num_frames - len(frames))
+        times = frame_times(path)
+        wanted = sample_times(path, times, num_frames, start, end)
+        frames = np.stack(list(frames_at(path, wanted, times[3], size)))
     except (av.FFmpegError, OSError) as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
-    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()  # (N, 3, size, size)
+    return torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()  # (N, 3, size, size)
 
 # ---- Metrics (section 5.3) -----------------------------------------------------------------------
 def ranks(sim, target):
@@ -418,10 +429,8 @@ def retrieval_metrics(sim, target):
     """sim (A, B), target int (A,) as in `ranks` -> R@1, R@5, R@10 in percent, nDCG@10 from 0 to 1,
     median and mean rank MdR and MnR, a dict. Raises ValueError for NaN and for no queries."""
     sim, target = torch.as_tensor(sim), torch.as_tensor(target, dtype=torch.int64)
-    if sim.isnan().any():
-        raise ValueError("the similarities hold NaN")
-    if len(sim) == 0:
-        raise ValueError("no queries to evaluate")
+    if len(sim) == 0 or sim.isnan().any():
+        raise ValueError("there are no queries to evaluate, or the similarities hold NaN")
     rank = ranks(sim, target).double()                            # (A,)
     recall = {f"R@{k}": 100 * (rank <= k).double().mean().item() for k in (1, 5, 10)}
     gain = torch.where(rank <= 10, 1 / torch.log2(1 + rank), 0)
@@ -450,20 +459,18 @@ def result_rows(sim_F, sim_V, target, interaction="mms"):
                                   ("video to text", to_text, targets[0])):
         scores = dict(zip((f"{name}_F", f"{name}_V", f"{name}_FV"), sims))
         scores["RRF"] = reciprocal_rank_fusion(sims[0], sims[1])
-        for score, sim in scores.items():
-            rows.append(dict(direction=direction, queries=len(goal), score=score,
-                             **retrieval_metrics(sim, goal)))
+        row = dict(direction=direction, queries=len(goal))
+        rows += [{**row, "score": s, **retrieval_metrics(scores[s], goal)} for s in scores]
     return rows
 
 def results_table(result):
     """{"evaluation": result_rows, "gallery": videos ranked, "missing": videos left out} as text."""
     missing, rows = result["missing"], result["evaluation"]
     note = f", {missing} test clips missing: not comparable" if missing else ""
-    header = [f"{name:>15}" if name == "direction" else f"{name:>9}" for name in rows[0]]
-    lines = [f"gallery of {result['gallery']} clips{note}", "".join(header)]
-    for direction, *values in (row.values() for row in rows):
-        cells = [f"{x:#9.4g}" if isinstance(x, float) else f"{x:>9}" for x in values]
-        lines.append(f"{direction:>15}" + "".join(cells))
+    lines = [f"gallery of {result['gallery']} clips{note}"]
+    for first, *rest in (rows[0].keys(), *(row.values() for row in rows)):
+        cells = [f"{x:#9.4g}" if isinstance(x, float) else f"{x:>9}" for x in rest]
+        lines.append(f"{first:13}" + "".join(cells))
     return "\n".join(lines)
 
 # ---- Figure 4: which frame does each word pick, before and after the temporal transformer? ------
@@ -477,7 +484,6 @@ def interactions(model, query, frames):
     real = model.real_tokens(ids)
     Q = model.encode_query(ids.to(model.device), real.to(model.device))[0]  # (M, d)
     Q = Q[special - 1:int(real.sum()) - 1]                        # (T, d), tokens of the words
-
     kept, vectors, first = [], [], 0
     for word in query.split():
         length = int(model.real_tokens(model.tokenize([word])[0]).sum()) - special
@@ -489,29 +495,26 @@ def interactions(model, query, frames):
     return kept, W @ F[0].T, W @ V[0, :len(frames)].T
 
 def draw_interactions(rows, side=96):
-    """rows of (title, words, frames (N, 3, S, S), before (W, N), after (W, N)) -> PIL image.
-    Each row is a strip of at most 12 frames, those that words picked first. Above a frame stand the
-    words that pick it before the temporal transformer, below it those that pick it after."""
-    green, red, font, strips = "#0a7d28", "#c4161c", ImageFont.load_default(12), []
-    width = 70 + side * max(5, *(min(12, len(frames)) for _, _, frames, _, _ in rows))
+    """rows of (title, words, frames (N, 3, S, S), before (W, N), after (W, N)) -> PIL image. A row
+    shows at most 12 frames, those that words picked first: above a frame in green the words that
+    pick it before the temporal transformer, below it in red those that pick it after."""
+    font, strips = ImageFont.load_default(12), []
+    width = 8 + side * max(5, *(min(12, len(frames)) for _, _, frames, _, _ in rows))
     for title, words, frames, before, after in rows:
-        above, below = [""] * len(frames), [""] * len(frames)
-        for labels, sim in ((above, before), (below, after)):
-            for word, x, n in zip(words, *sim.max(1)):
-                labels[n] += f"{word[:10]} {x:.2f}\n"
-        by_picks = sorted(range(len(frames)), key=lambda n: -(above[n] + below[n]).count("\n"))
-        title = fill(title, width // 10)
-        top = 40 + 21 * title.count("\n") + 15 * max(text.count("\n") for text in above)
-        height = top + side + 25 + 15 * max(text.count("\n") for text in below)
-        strip = Image.new("RGB", (width, height), "white")
+        picks = before.argmax(1).tolist() + after.argmax(1).tolist()
+        shown = sorted(range(len(frames)), key=lambda n: -picks.count(n))[:12]
+        title, label_height = fill(title, width // 10), 15 * picks.count(shown[0])
+        top = 34 + 21 * title.count("\n") + label_height
+        strip = Image.new("RGB", (width, top + side + label_height), "white")
         draw = ImageDraw.Draw(strip)
         draw.text((8, 8), title, "black", ImageFont.load_default(17))
-        draw.text((8, top - 15), "before, F", green, font)
-        draw.text((8, top + side), "after, V", red, font)
-        for x, n in zip(range(70, width, side), sorted(by_picks[:12])):
+        for x, n in zip(range(8, width, side), sorted(shown)):
             picture = Image.fromarray(frames[n].permute(1, 2, 0).cpu().numpy())
-            strip.paste(picture.resize((side - 4, side - 4)), (x + 2, top + 2))
-            draw.text((x + side // 2, top), above[n].strip(), green, font, "md")
-            draw.text((x + side // 2, top + side), below[n].strip(), red, font, "ma")
+            strip.paste(picture.resize((side - 4, side - 4)), (x, top + 2))
+            for sim, y, anchor, color in ((before, top, "md", "#0a7d28"),
+                                          (after, top + side, "ma", "#c4161c")):
+                best = zip(words, *sim.max(1))
+                lines = [f"{word[:10]} {score:.2f}" for word, score, m in best if m == n]
+                draw.text((x + side // 2 - 2, y), "\n".join(lines), color, font, anchor)
         strips.append(np.asarray(strip))
     return Image.fromarray(np.concatenate(strips))

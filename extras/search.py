@@ -1,13 +1,15 @@
 """Search your own videos by a sentence.
 
-    python -m extras.search index FOLDER --model runs/shapes --out INDEX
+    python -m extras.search index FOLDER --model runs/shapes --out INDEX [--segment 10]
     python -m extras.search search INDEX "a red square moves left" -k 5 --sheet hits.png
     python -m extras.search explain "a red square" VIDEO --model runs/shapes --out why.png
 
 `index` encodes every video below a folder; run again, it encodes only what is new or has changed.
-`search` prints rank, score with its F and V parts, path and the time of the best frame. `explain`
-draws which frame each word picks. --model is a run's folder, or an open_clip name for a model that
-was never trained on video. Search is exact; to_lancedb and to_qdrant export an index to engines.
+`search` prints rank, score with its F and V parts, path and the time of the best frame. With
+--segment, videos are indexed in overlapping parts of so many seconds, and `search` prints the time
+of the part instead. `explain` draws which frame each word picks. --model is a run's folder, or an
+open_clip name for a model that was never trained on video. Search is exact; to_lancedb and
+to_qdrant export an index to engines.
 """
 import argparse
 import functools
@@ -19,18 +21,24 @@ from pathlib import Path
 
 import av
 import filelock
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from train import autocast, pick_device, prefetch, run_main
 from video_colbert import (Config, InputError, VideoColBERT, draw_interactions, frame_times,
-                           interactions, mean_max_sim, mms_fv, sample_frames, write_file)
+                           frames_at, interactions, mean_max_sim, mms_fv, sample_frames,
+                           sample_times, write_file)
 
 VIDEO_ENDINGS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".3gp", ".flv",
                  ".wmv", ".ts")
 
 SAVE_EVERY = 256                                                  # videos
+PIECE = 64                                     # segments of a video that are decoded in one pass
+# Overlapping segments are joined if they lose at most this share of the best one's lead over the
+# median segment: any segment that shows a little of the moment has a good frame for each token.
+MERGE = 0.05
 # What an index depends on beside the weights.
 VECTOR_SETTINGS = ("backbone", "num_frames", "num_tokens", "pad_token", "query_augmentation",
                    "temporal_layers", "visual_expansion", "interaction")
@@ -84,12 +92,24 @@ def find_videos(root):
             problems.append(f"{path}: {error.strerror}")
     return found, problems
 
-def read_video(path, num_frames, size):
-    """A video's frames and its length in seconds, or what is wrong with it as a string."""
+def read_times(path):
+    """frame_times(path). Raises InputError if there are no frames."""
+    times = frame_times(path)
+    sample_times(path, times, 1)
+    return times
+
+def read_segments(path, times, parts, num_frames, size):
+    """The frames of a video's parts, [(start, end)] in seconds, uint8 (parts, N, 3, S, S). They are
+    decoded in one pass, though parts may overlap."""
+    wanted = np.stack([sample_times(path, times, num_frames, *part) for part in parts])
+    ticks, which = np.unique(wanted, return_inverse=True)
+    pixels = np.stack(list(frames_at(path, ticks, times[3], size)))
+    return torch.from_numpy(pixels[which.reshape(wanted.shape)].transpose(0, 1, 4, 2, 3))
+
+def attempt(function, path, *args):
+    """function(path, *args), or what is wrong with the video as a string."""
     try:
-        times = frame_times(path)                                 # demux once
-        ticks, end, tick, _ = times
-        return sample_frames(path, num_frames, size, times=times), (end - ticks[0]) * tick
+        return function(path, *args)
     except InputError as error:
         return str(error)
     except (av.FFmpegError, OSError) as error:
@@ -107,20 +127,38 @@ def locked(folder):
         raise InputError(f"{folder}: {error.strerror}") from None
 
 # ---- The index -----------------------------------------------------------------------------------
+def segment_count(meta, seconds):
+    """How many segments an index has of a video: one that reaches the end, and one every stride
+    before it; one of the whole video if it is no longer than a segment."""
+    if not meta["segment"] or seconds <= meta["segment"]:
+        return 1
+    return 1 + math.ceil((seconds - meta["segment"]) / meta["stride"])
+
+def segment_span(meta, seconds, i):
+    """Start and end in seconds of a video's i-th segment."""
+    if segment_count(meta, seconds) == 1:
+        return 0.0, seconds
+    start = min(i * meta["stride"], seconds - meta["segment"])
+    return start, start + meta["segment"]
+
 def array_shape(meta):
-    """Of the array that belongs to an index's list: videos, vectors per video, d."""
-    return len(meta["videos"]), 2 * meta["num_frames"] + meta["visual_expansion"], meta["width"]
+    """Of the array that belongs to an index's list: segments, vectors per segment, d."""
+    rows = sum(segment_count(meta, seconds) for *_, seconds in meta["videos"])
+    return rows, 2 * meta["num_frames"] + meta["visual_expansion"], meta["width"]
 
 class VideoIndex:
-    """F and V of many videos in a folder: index.json, and a mapped fp16 array (B, N + N + E, d).
+    """F and V of many videos in a folder: index.json, and a mapped fp16 array (B, N + N + E, d) of
+    a row for every video, or for each of its segments.
 
-    meta["videos"][i] is [path below root, size, mtime_ns, seconds] of row i. The array grows at its
-    end, and index.json is replaced afterwards, so that a killed build leaves a complete index,
-    followed by rows that the next build drops.
+    meta["videos"][i] is [path below root, size, mtime_ns, seconds], and the rows follow in the same
+    order. The array grows at its end, and index.json is replaced afterwards, so that a killed build
+    leaves a complete index, followed by rows that the next build drops.
     """
 
     def __init__(self, folder, meta, device="cpu"):
         self.folder, self.meta, self.videos, self.model = Path(folder), meta, meta["videos"], None
+        counts = [segment_count(meta, seconds) for *_, seconds in self.videos]
+        self.first_row = np.cumsum([0, *counts])                  # of each video, and of none
         shape = array_shape(meta)
         self.vectors = torch.empty(shape, dtype=torch.float16)
         if self.videos:                                           # mapped, not read
@@ -134,6 +172,7 @@ class VideoIndex:
         array is shorter or longer than its list (an `unfinished` one may be longer)."""
         try:
             meta = json.loads((Path(folder) / "index.json").read_text())
+            meta = {"segment": 0, "stride": 0, **meta}            # older indexes have none
             expected = 2 * math.prod(array_shape(meta))
             actual = (Path(folder) / meta["vectors"]).stat().st_size
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -157,9 +196,10 @@ class VideoIndex:
                 path.unlink()
 
     @classmethod
-    def build(cls, root, model, folder, name="", batch_size=16, workers=4):
+    def build(cls, root, model, folder, name="", batch_size=16, workers=4, segment=0, stride=0):
         """Index every video below `root`, or bring the index in `folder` up to date -> the index,
         [what is wrong with each video that cannot be read]. `name` is where search finds the model.
+        `segment` and `stride` are as in segments(), 0 is whole videos; stride is half by default.
 
         New and changed files are encoded, deleted ones dropped. Raises InputError for an index of
         another model or other videos, and while another process works on it.
@@ -170,9 +210,13 @@ class VideoIndex:
         if c.interaction != "mms":
             raise InputError("an index holds token-wise vectors; a model with interaction "
                              f"{c.interaction} has none")
+        stride = stride or segment / 2
+        if not (0 <= segment < math.inf and 0 <= stride <= segment):
+            raise InputError(f"segment {segment}, stride {stride}: expected seconds, the stride at "
+                             "most the segment")
         meta = dict(root=root, model=str(name), fingerprint=fingerprint(model), width=model.width,
-                    num_frames=c.num_frames, visual_expansion=c.visual_expansion,
-                    vectors="vectors-0.f16", videos=[])
+                    num_frames=c.num_frames, visual_expansion=c.visual_expansion, segment=segment,
+                    stride=stride, vectors="vectors-0.f16", videos=[])
         with locked(folder):
             found, problems = find_videos(root)
             if os.path.exists(f"{folder}/index.json"):
@@ -194,6 +238,10 @@ class VideoIndex:
                 made_by = self.meta["model"] or "a model without a name"
                 change = f"it was made by {made_by}, not {meta['model'] or 'this one'}"
             raise InputError(f"{self.folder} cannot be updated, {change}: index into a new folder")
+        for name in ("segment", "stride"):
+            if self.meta[name] != meta[name]:
+                raise InputError(f"{self.folder} was made with --{name} {self.meta[name]}: keep "
+                                 "that, or index into a new folder")
         if self.videos and not keep and self.meta["root"] != meta["root"]:
             raise InputError(f"{self.folder} is an index of {self.meta['root']} and has none of "
                              f"the videos in {meta['root']}: index into a new folder")
@@ -202,49 +250,81 @@ class VideoIndex:
             number = int(array.removeprefix("vectors-").removesuffix(".f16"))
             array = f"vectors-{number + 1}.f16"
             with open(self.folder / array, "wb") as file:
-                for i in range(0, len(keep), 1024):
-                    file.write(self.vectors[keep[i:i + 1024]].numpy().tobytes())
+                for i in keep:
+                    rows = self.vectors[self.first_row[i]:self.first_row[i + 1]]
+                    file.write(rows.numpy().tobytes())
         return {**meta, "model": meta["model"] or self.meta["model"], "vectors": array,
                 "videos": [self.videos[i] for i in keep]}
 
+    def pieces(self, new, workers):
+        """([path, size, mtime_ns], seconds, path on disk, frame_times, at most PIECE segments) of
+        every video in order; without segments, frame_times is what is wrong with the video."""
+        paths = [os.path.join(self.meta["root"], path) for path, *_ in new]
+        all_times = prefetch(functools.partial(attempt, read_times), paths, workers)
+        for file, path, times in zip(new, paths, all_times):
+            if isinstance(times, str):
+                yield file, 0.0, path, times, []
+                continue
+            ticks, end, tick, _ = times
+            seconds = round((end - ticks[0]) * tick, 3)
+            count = segment_count(self.meta, seconds)
+            parts = [segment_span(self.meta, seconds, i) for i in range(count)]
+            if count == 1:
+                parts = [(0.0, None)]                             # to its end, without rounding
+            for i in range(0, count, PIECE):
+                yield file, seconds, path, times, parts[i:i + PIECE]
+
     def add(self, new, model, batch_size, workers):
         """Encode videos, a list of [path, size, mtime_ns] -> [what is wrong with each video that
-        cannot be read]. Whatever happens on the way, those that were encoded are saved."""
-        read = functools.partial(read_video, num_frames=model.config.num_frames,
-                                 size=model.image_size)
-        paths = [os.path.join(self.meta["root"], path) for path, *_ in new]
-        bar = tqdm(prefetch(read, paths, workers), "indexing", len(paths), unit="video")
-        batch, problems = [], []
+        cannot be read]. Whatever happens on the way, videos that were encoded are saved."""
+        def read(piece):
+            file, seconds, path, times, parts = piece
+            if not parts:
+                return file, seconds, times
+            return file, seconds, attempt(read_segments, path, times, parts,
+                                          model.config.num_frames, model.image_size)
+
+        rows, encoded, problems = [], {}, {}            # encoded: vectors of incomplete videos
+        bar = tqdm(total=len(new), desc="indexing", unit="video")
         try:
-            for file, video in zip(new, bar):
-                if isinstance(video, str):
-                    problems.append(video)
-                else:
-                    batch.append((file, *video))
-                if len(batch) == batch_size:
-                    self.append(batch, model)
-                    batch = []
-            self.append(batch, model)
+            for file, seconds, frames in prefetch(read, self.pieces(new, workers), workers):
+                if isinstance(frames, str) and file[0] not in problems:
+                    problems[file[0]] = frames
+                    rows = [row for row in rows if row[0] != file]
+                    encoded.pop(file[0], None)
+                    bar.update()
+                elif file[0] not in problems:
+                    rows += [(file, seconds, x) for x in frames]
+                while len(rows) >= batch_size:
+                    bar.update(self.append(rows[:batch_size], encoded, model))
+                    rows = rows[batch_size:]
+            bar.update(self.append(rows, encoded, model))
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"stopped with {len(self.videos)} videos in {self.folder}; the "
                                     "same command continues") from None
         finally:
             self.save()
-        return problems
+        return list(problems.values())
 
     @torch.no_grad()
-    def append(self, batch, model):
-        """Encode a list of ([path, size, mtime_ns], frames, seconds) and append it to the index."""
-        if not batch:
-            return
-        frames = torch.stack([frames for _, frames, _ in batch]).to(model.device)
+    def append(self, rows, encoded, model):
+        """Encode rows of ([path, size, mtime_ns], seconds, frames). A video all of whose segments
+        are now in `encoded` joins the index -> the number of these videos."""
+        if not rows:
+            return 0
+        before, frames = len(self.videos), torch.stack([x for *_, x in rows])
         with autocast(model.device):
-            F, V = model.encode_video(frames)
-        with open(self.folder / self.meta["vectors"], "ab") as file:
-            file.write(torch.cat([F, V], 1).half().cpu().numpy().tobytes())
-        self.videos += [[*file, round(seconds, 3)] for file, _, seconds in batch]
-        if len(self.videos) % SAVE_EVERY < len(batch):
-            self.save()
+            F, V = model.encode_video(frames.to(model.device))
+        for (file, seconds, _), x in zip(rows, torch.cat([F, V], 1).half().cpu().numpy()):
+            vectors = encoded.setdefault(file[0], [])
+            vectors.append(x)
+            if len(vectors) == segment_count(self.meta, seconds):
+                with open(self.folder / self.meta["vectors"], "ab") as array:
+                    array.write(np.stack(encoded.pop(file[0])).tobytes())
+                self.videos.append([*file, seconds])
+                if len(self.videos) % SAVE_EVERY == 0:
+                    self.save()
+        return len(self.videos) - before
 
     @torch.no_grad()
     def scores(self, Q, mask):
@@ -255,11 +335,20 @@ class VideoIndex:
             mms_v.append(mean_max_sim(Q, vectors[:, N:].float(), mask))
         return torch.cat(mms_f, 1), torch.cat(mms_v, 1)
 
+    def segment(self, row):
+        """Of a row of the array: path on disk, start and end in seconds."""
+        video = int(np.searchsorted(self.first_row, row, side="right")) - 1
+        path, _, _, seconds = self.videos[video]
+        start, end = segment_span(self.meta, seconds, row - self.first_row[video])
+        return os.path.join(self.meta["root"], path), start, end
+
     @torch.no_grad()
     def search(self, model, queries, k=10):
         """[A strings] -> for each its k best videos (fewer if the index has fewer), dictionaries of
         path, score, F, V, and the best frame with its start and end in seconds.
 
+        In an index of segments, hits are parts of videos. Segments of a video that overlap are one
+        hit: the best of them, joined by those that score nearly as high (see MERGE).
         The best frame is the one nearest to the query's tokens on average, over both levels. Raises
         InputError for another model than the index's, a blank query and an empty index.
         """
@@ -274,62 +363,87 @@ class VideoIndex:
         ids, mask = model.tokenize(queries)
         Q = model.encode_query(ids.to(model.device), mask.to(model.device)).to(self.vectors.device)
         F, V = self.scores(Q, mask.to(Q.device))                  # (A, B)
-        best, N, results = mms_fv(F, V).topk(min(k, len(self.videos))), self.meta["num_frames"], []
-        for a, (scores, rows) in enumerate(zip(*best)):           # (k,), (k,)
-            near = self.vectors[rows].float() @ Q[a].sum(0)       # (k, N + N + E), masked are 0
-            frames = (near[:, :N] + near[:, N:2 * N]).argmax(1).tolist()
-            hits = []
-            for score, row, frame in zip(scores.tolist(), rows.tolist(), frames):
-                path, _, _, seconds = self.videos[row]
-                hits.append(dict(
-                    path=os.path.join(self.meta["root"], path), score=score, F=F[a, row].item(),
-                    V=V[a, row].item(), start=round(frame / N * seconds, 2),
-                    end=round((frame + 1) / N * seconds, 2), frame=frame))
+        segment, stride = self.meta["segment"], self.meta["stride"]
+        overlapping = 2 * math.ceil(segment / stride) if segment else 0  # at most, with one segment
+        total, N, results = mms_fv(F, V), self.meta["num_frames"], []
+        best = total.topk(min(k * (1 + overlapping), len(self.vectors)))
+        for a, (scores, rows) in enumerate(zip(*best)):
+            hits, typical = [], total[a].median().item()
+            for score, row in zip(scores.tolist(), rows.tolist()):
+                path, start, end = self.segment(row)
+                overlapped = [hit for hit in hits if path == hit["path"] and start < hit["end"]
+                              and hit["start"] < end]
+                if overlapped:
+                    hit = overlapped[0]
+                    lead = hit["score"] - typical
+                    if len(overlapped) == 1 and score >= hit["score"] - MERGE * lead:
+                        hit.update(start=min(start, hit["start"]), end=max(end, hit["end"]))
+                elif len(hits) < k:
+                    near = self.vectors[row].float() @ Q[a].sum(0)  # (N + N + E,), masked are 0
+                    n = (near[:N] + near[N:2 * N]).argmax().item()
+                    hits.append(dict(path=path, score=score, F=F[a, row].item(),
+                                     V=V[a, row].item(), start=start, end=end,
+                                     best=(start + n / N * (end - start),
+                                           start + (n + 1) / N * (end - start))))
+            for hit in hits:
+                first, last = hit.pop("best")                     # of the best frame, in seconds
+                middle = ((first + last) / 2 - hit["start"]) / (hit["end"] - hit["start"])
+                hit["frame"] = int(middle * N)                    # of N frames of the hit
+                if not segment:
+                    hit.update(start=first, end=last)
+                hit.update(start=round(hit["start"], 2), end=round(hit["end"], 2))
             results.append(hits)
         return results
 
     def multivectors(self, size=256):
-        """The index for an engine, in batches: row numbers, their meta["videos"], and vectors of
-        as_multivector, (b, N + N + E, d + 2)."""
+        """The index for an engine, in batches: row numbers, the path below the root, start and end
+        in seconds of each, and vectors of as_multivector, (b, N + N + E, d + 2)."""
         N = self.meta["num_frames"]
-        for i in range(0, len(self.videos), size):
-            x, videos = self.vectors[i:i + size].float(), self.videos[i:i + size]
-            rows = range(i, i + len(videos))
-            yield rows, videos, as_multivector(x[:, :N], x[:, N:]).cpu().numpy()
+        for i in range(0, len(self.vectors), size):
+            x = self.vectors[i:i + size].float()
+            rows, parts = range(i, i + len(x)), []
+            for path, start, end in map(self.segment, rows):
+                parts.append((os.path.relpath(path, self.meta["root"]), start, end))
+            yield rows, parts, as_multivector(x[:, :N], x[:, N:]).cpu().numpy()
 
     def to_lancedb(self, uri, table="videos"):
-        """Write a LanceDB table (folder or object storage) of path, seconds and vector -> table."""
+        """Write a LanceDB table (folder or object storage) of path, start, end, vector -> table."""
         import lancedb                                            # optional, see requirements.txt
         import pyarrow
         vector = pyarrow.list_(pyarrow.list_(pyarrow.float32(), self.meta["width"] + 2))
-        schema = pyarrow.schema([("path", pyarrow.string()), ("seconds", pyarrow.float64()),
-                                 ("vector", vector)])
+        schema = pyarrow.schema([("path", pyarrow.string()), ("start", pyarrow.float64()),
+                                 ("end", pyarrow.float64()), ("vector", vector)])
 
         def batches():
-            for _, videos, vectors in self.multivectors():
-                yield pyarrow.RecordBatch.from_pydict({
-                    "path": [video[0] for video in videos],
-                    "seconds": [video[3] for video in videos],
-                    "vector": [list(x) for x in vectors]}, schema)
+            for _, parts, vectors in self.multivectors():
+                columns = [*zip(*parts), [list(x) for x in vectors]]
+                yield pyarrow.RecordBatch.from_pydict(dict(zip(schema.names, columns)), schema)
         return lancedb.connect(uri).create_table(table, batches(), schema=schema)
 
     def to_qdrant(self, client, collection="videos"):
-        """Write a Qdrant collection of multivectors, with path and seconds in the payload."""
+        """Write a Qdrant collection of multivectors, with path, start and end in the payload."""
         from qdrant_client import models                          # optional, see requirements.txt
         maxsim = models.MultiVectorConfig(comparator=models.MultiVectorComparator.MAX_SIM)
         parameters = models.VectorParams(size=self.meta["width"] + 2, multivector_config=maxsim,
                                          distance=models.Distance.COSINE)
         client.create_collection(collection, vectors_config=parameters)
-        for rows, videos, vectors in self.multivectors():
+        for rows, parts, vectors in self.multivectors():
             client.upsert(collection, [
                 models.PointStruct(id=row, vector=x.tolist(),
-                                   payload={"path": video[0], "seconds": video[3]})
-                for row, video, x in zip(rows, videos, vectors)])
+                                   payload=dict(zip(("path", "start", "end"), part)))
+                for row, part, x in zip(rows, parts, vectors)])
 
 # ---- Pictures and the command line ---------------------------------------------------------------
-def draw_hits(query, hits, num_frames, side=96):
+def span(hit, segment):
+    """The time of a hit to read: mm:ss of a segment, or the seconds of the best frame."""
+    if not segment:
+        return f"{hit['start']:.1f} to {hit['end']:.1f} s"
+    start, end = round(hit["start"]), round(hit["end"])
+    return f"{start // 60:02}:{start % 60:02} to {end // 60:02}:{end % 60:02}"
+
+def draw_hits(query, hits, num_frames, segment=0, side=96):
     """A contact sheet -> PIL image: for each hit a strip of at most 12 frames, the best one framed
-    in red. A video that is gone or cannot be read is a grey strip."""
+    in red. A video that is gone or cannot be read is a grey strip. `segment` is the index's."""
     step = -(-num_frames // 12)
     columns = -(-num_frames // step)
     image = Image.new("RGB", (max(500, columns * side + 16), 40 + len(hits) * (side + 34)), "white")
@@ -337,10 +451,11 @@ def draw_hits(query, hits, num_frames, side=96):
     draw.text((8, 8), query, "black", ImageFont.load_default(18))
     for rank, hit in enumerate(hits):
         y, name = 40 + rank * (side + 34), Path(hit["path"]).name
-        draw.text((8, y), f"{rank + 1}   {hit['score']:.3f}   {name}   {hit['start']:.1f} to "
-                          f"{hit['end']:.1f} s", "black", font)
+        title = f"{rank + 1}   {hit['score']:.3f}   {name}   {span(hit, segment)}"
+        draw.text((8, y), title, "black", font)
         try:
-            frames = sample_frames(hit["path"], num_frames, side - 8)
+            part = (hit["start"], hit["end"]) if segment else ()
+            frames = sample_frames(hit["path"], num_frames, side - 8, *part)
         except InputError:
             draw.rectangle((8, y + 20, 8 + columns * side, y + 20 + side), "#c8c8c8")
             draw.text((20, y + 60), f"{name} is missing or cannot be read", "black", font)
@@ -368,10 +483,12 @@ def open_model(name, device):
 def index_command(args, device):
     name = os.path.abspath(args.model) if Path(args.model).is_dir() else args.model
     index, problems = VideoIndex.build(args.folder, open_model(args.model, device), args.out, name,
-                                       workers=os.cpu_count())
+                                       workers=os.cpu_count(), segment=args.segment,
+                                       stride=args.stride)
     for problem in problems:
         print(f"skipped: {problem}")
-    print(f"{len(index.videos)} videos in {args.out}")
+    rows = f", {len(index.vectors)} segments" if args.segment else ""
+    print(f"{len(index.videos)} videos{rows} in {args.out}")
 
 def search_command(args, device):
     if args.sheet:
@@ -381,11 +498,12 @@ def search_command(args, device):
     if not name:
         raise InputError(f"{args.index} does not say which model made it: use --model")
     hits, = index.search(open_model(name, device), [args.query], args.k)
+    segment = index.meta["segment"]
     lines = [f"{rank}  {hit['score']:.3f} (F {hit['F']:.3f}, V {hit['V']:.3f})  {hit['path']}  "
-             f"{hit['start']:.1f} to {hit['end']:.1f} s" for rank, hit in enumerate(hits, 1)]
+             + span(hit, segment) for rank, hit in enumerate(hits, 1)]
     print(json.dumps(hits) if args.json else "\n".join(lines), flush=True)
     if args.sheet:
-        draw_hits(args.query, hits, index.meta["num_frames"]).save(args.sheet)
+        draw_hits(args.query, hits, index.meta["num_frames"], segment).save(args.sheet)
 
 def explain_command(args, device):
     check_picture(args.out)
@@ -408,6 +526,10 @@ def main(argv=None):
     index = commands.add_parser("index", help="index a folder, or bring an index up to date")
     index.add_argument("folder")
     index.add_argument("--out", required=True, help="the folder of the index")
+    index.add_argument("--segment", type=float, default=0.0,
+                       help="index longer videos in parts of so many seconds; 0 is whole videos")
+    index.add_argument("--stride", type=float, default=0.0,
+                       help="seconds from one part to the next; default half a segment")
     search = commands.add_parser("search", help="find videos by a sentence")
     search.add_argument("index")
     search.add_argument("query")

@@ -2,6 +2,7 @@
 import copy
 import itertools
 import json
+import math
 import os
 import re
 import resource
@@ -11,17 +12,21 @@ import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import train
 import video_colbert
 from extras import search
 from extras.search import VideoIndex, as_multivector, draw_hits, fingerprint, main
 from test_video_colbert import Killed, naive, unit, write_clip
-from video_colbert import (Config, InputError, VideoColBERT, interactions, mean_max_sim, mms_fv,
-                           sample_frames)
+from video_colbert import (Config, InputError, VideoColBERT, frame_times, interactions,
+                           mean_max_sim, mms_fv, read_settings, sample_frames)
+
+CPU = torch.device("cpu")
 
 QUERIES = ["a dog", "a red square moves left", "something"]
 
@@ -151,7 +156,7 @@ def test_a_killed_build_continues(tmp_path, clips, tiny, monkeypatch, encoded):
     assert torch.equal(index.vectors, whole.vectors)
 
 def test_a_long_build_saves_on_the_way(tmp_path, clips, tiny, monkeypatch):
-    """With SAVE_EVERY 5 and batches of 2, when 5 videos or 10 were passed, and at both ends."""
+    """With SAVE_EVERY 5 and batches of 2, after 5 videos and 10, and at both ends."""
     saved, write_file = [], search.write_file
     def counted(path, content):
         saved.append(len(json.loads(content)["videos"]))
@@ -159,18 +164,21 @@ def test_a_long_build_saves_on_the_way(tmp_path, clips, tiny, monkeypatch):
     monkeypatch.setattr(search, "SAVE_EVERY", 5)
     monkeypatch.setattr(search, "write_file", counted)
     VideoIndex.build(clips, tiny, tmp_path / "index", batch_size=2)
-    assert saved == [0, 6, 10, 12]
+    assert saved == [0, 5, 10, 12]
 
 @pytest.mark.parametrize("stop, message", [
     (KeyboardInterrupt, "^stopped with 4 videos in .*index; the same command continues$"),
     (Killed, "")])
-@pytest.mark.parametrize("where", ["autocast", "round"])
+@pytest.mark.parametrize("where, call", [("autocast", 4), ("open", 5)])
 def test_ctrl_c_and_errors_keep_what_is_encoded(tmp_path, clips, tiny, monkeypatch, encoded, stop,
-                                                message, where):
-    """At the start of a batch, and when its vectors are written but its names not yet listed."""
-    calls, function = itertools.count(), {"autocast": search.autocast, "round": round}[where]
+                                                message, where, call):
+    """At the start of a batch, and when a video's vectors are written but its name is not listed:
+    the array is opened once before the first video and then for each."""
+    calls, function = itertools.count(), {"autocast": search.autocast, "open": open}[where]
     def stopped(*args):
-        if next(calls) == 4:
+        if next(calls) == call:
+            if where == "open":
+                function(*args).write(b"vectors")
             raise stop
         return function(*args)
     with monkeypatch.context() as patch, pytest.raises(stop) as error:
@@ -310,6 +318,190 @@ def test_a_large_index_opens_without_being_read(tmp_path):
     index = VideoIndex.load(tmp_path)
     assert index.vectors.shape == (5000, 800, 1024) and index.vectors[4999].float().sum() == 0
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000            # kB
+
+# ---- Moments of long videos ----------------------------------------------------------------------
+META = {"segment": 10.0, "stride": 4.0}
+
+@pytest.mark.parametrize("seconds, starts", [
+    (3.0, [0]), (10.0, [0]), (10.5, [0, 0.5]), (14.0, [0, 4]), (17.0, [0, 4, 7]),
+    (18.0, [0, 4, 8])])
+def test_segments_cover_a_video_to_its_end(seconds, starts):
+    count = search.segment_count(META, seconds)
+    spans = [search.segment_span(META, seconds, i) for i in range(count)]
+    assert spans == [(start, min(start + 10.0, seconds)) for start in starts]
+
+def write_long_video(path, pictures, seconds=2, rate=10):
+    """A video that shows each picture (H, W, 3), or list of pictures, one after the other."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=rate, options={"g": "24"})
+        stream.height, stream.width = np.asarray(pictures[0]).shape[-3:-1]
+        stream.pix_fmt = "yuv420p"
+        for picture in pictures:
+            shown = [picture] * seconds * rate if np.ndim(picture) == 3 else picture
+            for frame in shown:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
+        container.mux(stream.encode(None))
+    return path
+
+def random_pictures(count):
+    return list(np.random.default_rng(0).integers(0, 256, (count, 32, 48, 3), dtype=np.uint8))
+
+def test_each_segment_is_encoded_as_the_part_of_the_video_that_it_is(tmp_path, tiny, monkeypatch):
+    """In pieces of 4 segments, next to a short video, with batches that span both."""
+    (tmp_path / "clips").mkdir()
+    write_long_video(tmp_path / "clips/long.mp4", random_pictures(12))
+    write_long_video(tmp_path / "clips/short.mp4", random_pictures(2))
+    monkeypatch.setattr(search, "PIECE", 4)
+    index, problems = VideoIndex.build(tmp_path / "clips", tiny, tmp_path / "index", batch_size=3,
+                                       segment=5.0, stride=2.0)
+    spans = [(0, 5), (2, 7), (4, 9), (6, 11), (8, 13), (10, 15), (12, 17), (14, 19), (16, 21),
+             (18, 23), (19, 24)]
+    rows = [("long.mp4", start, end) for start, end in spans] + [("short.mp4", 0, 4)]
+    assert not problems and len(index.vectors) == 12 and len(index.videos) == 2
+    for row, (name, start, end) in enumerate(rows):
+        path = str(tmp_path / "clips" / name)
+        assert index.segment(row) == (path, start, end)
+        with torch.no_grad():
+            F, V = tiny.encode_video(sample_frames(path, 6, 64, start, end)[None])
+        assert (index.vectors[row] - torch.cat([F, V], 1)[0]).abs().max() < 1e-3
+
+def test_a_video_that_breaks_off_leaves_no_segment_behind(tmp_path, tiny, monkeypatch):
+    """Its first piece can be decoded, its third cannot; the videos around it are complete."""
+    (tmp_path / "clips").mkdir()
+    for name in ("a.mp4", "b.mp4", "c.mp4"):
+        write_long_video(tmp_path / "clips" / name, random_pictures(12))
+    read = search.read_segments
+    def breaks_off(path, times, parts, *args):
+        if path.endswith("b.mp4") and parts[0][0] > 12:
+            raise InputError(f"{path}: broken")
+        return read(path, times, parts, *args)
+    monkeypatch.setattr(search, "PIECE", 3)
+    monkeypatch.setattr(search, "read_segments", breaks_off)
+    flags = dict(batch_size=4, segment=4.0, stride=2.0)
+    index, problems = VideoIndex.build(tmp_path / "clips", tiny, tmp_path / "index", **flags)
+    assert problems == [f"{tmp_path}/clips/b.mp4: broken"]
+    assert names(index) == ["a.mp4", "c.mp4"] and len(index.vectors) == 22
+    assert torch.equal(index.vectors[:11], index.vectors[11:])
+    monkeypatch.setattr(search, "read_segments", read)
+    (tmp_path / "clips/a.mp4").unlink()
+    index, problems = VideoIndex.build(tmp_path / "clips", tiny, tmp_path / "index", **flags)
+    assert not problems and names(index) == ["c.mp4", "b.mp4"] and len(index.vectors) == 22
+    assert torch.equal(index.vectors[:11], index.vectors[11:])
+
+def test_the_segment_of_an_index_cannot_change(tmp_path, clips, tiny):
+    VideoIndex.build(clips, tiny, tmp_path / "index", segment=1.0)
+    for segment, stride in ((0, 0), (2.0, 0.5), (1.0, 0.25)):
+        with pytest.raises(InputError, match="was made with --(segment 1.0|stride 0.5): keep that"):
+            VideoIndex.build(clips, tiny, tmp_path / "index", segment=segment, stride=stride)
+    for segment, stride in ((-1.0, 0), (math.nan, 0), (math.inf, 0), (1.0, 2.0), (1.0, -1.0),
+                            (0, 1)):
+        with pytest.raises(InputError, match="expected seconds, the stride at most the segment"):
+            VideoIndex.build(clips, tiny, tmp_path / "new", segment=segment, stride=stride)
+
+def test_overlapping_segments_are_one_hit(tmp_path, tiny, monkeypatch):
+    """Against a walk over all segments from best to worst, first without joining any."""
+    (tmp_path / "clips").mkdir()
+    for name in ("a.mp4", "b.mp4"):
+        write_long_video(tmp_path / "clips" / name, random_pictures(20))
+    index, _ = VideoIndex.build(tmp_path / "clips", tiny, tmp_path / "index", segment=3.0,
+                                stride=0.5)
+    sim, want = torch.rand(1, len(index.vectors)), []
+    monkeypatch.setattr(index, "scores", lambda Q, mask: (sim, sim))
+    monkeypatch.setattr(search, "MERGE", -1.0)
+    for row in sim[0].argsort(descending=True).tolist():
+        path, start, end = index.segment(row)
+        if all(path != p or end <= s or start >= e for p, s, e in want):
+            want.append((path, start, end))
+    for k in (1, 3, 8):
+        hits, = index.search(tiny, ["a dog"], k)
+        assert [(hit["path"], hit["start"], hit["end"]) for hit in hits] == want[:k]
+    monkeypatch.setattr(search, "MERGE", 0.5)
+    hits, = index.search(tiny, ["a dog"], 8)
+    assert any(hit["end"] - hit["start"] > 3 for hit in hits)
+    for a, b in itertools.combinations(hits, 2):
+        assert a["path"] != b["path"] or a["end"] <= b["start"] or b["end"] <= a["start"]
+
+def test_a_moment_longer_than_a_segment_is_joined_from_its_segments(tmp_path, tiny, monkeypatch):
+    """Segments 4 to 7 score 0.9 or a little less, those around them less than MERGE allows."""
+    (tmp_path / "clips").mkdir()
+    write_long_video(tmp_path / "clips/a.mp4", random_pictures(20))
+    index, _ = VideoIndex.build(tmp_path / "clips", tiny, tmp_path / "index", segment=4.0)
+    sim = torch.full((1, len(index.vectors)), 0.1)
+    sim[0, 3:9] = torch.tensor([0.8, 0.89, 0.9, 0.89, 0.88, 0.8])
+    monkeypatch.setattr(index, "scores", lambda Q, mask: (sim, sim))
+    hit = index.search(tiny, ["a dog"], 1)[0][0]
+    assert (hit["start"], hit["end"], hit["score"]) == (8.0, 18.0, pytest.approx(1.8))
+
+def overfitted(tmp_path):
+    """A model that knows 12 clips of random pictures, and the clips."""
+    clips, s = [], train.parse_settings([
+        "--num-frames", "4", "--num-tokens", "8", "--epochs", "30", "--batch-size", "12",
+        "--captions-per-video", "1", "--cache", f"{tmp_path}/cache"])
+    pictures = iter(random_pictures(48))
+    for i in range(12):
+        path = write_long_video(tmp_path / f"{i}.mp4", [next(pictures) for _ in range(4)], 1)
+        clips.append(train.Clip(str(path), [f"video {'abcdefghijkl'[i]}"] * 5))
+    model = VideoColBERT(s)
+    train.train(model, {"train": clips, "val": [], "test": []}, s, CPU, tmp_path, "data")
+    return model.eval(), clips
+
+def test_the_query_of_a_clip_finds_its_moment_in_a_long_video(tmp_path):
+    """Of clips in a row, four of five spans with an intersection over union above 0.5. With
+    RUN=runs/shapes, on 40 of that run's test clips."""
+    if "RUN" in os.environ:
+        model = VideoColBERT.load(os.environ["RUN"])
+        s = read_settings(train.Settings, f"{os.environ['RUN']}/settings.json")
+        clips = train.load_clips(s)["test"][:40]
+    else:
+        model, clips = overfitted(tmp_path)
+    pictures, seconds = [], []
+    for clip in clips:
+        ticks, end, tick, _ = frame_times(clip.path)
+        seconds.append(round((end - ticks[0]) * tick, 1))
+        frames = sample_frames(clip.path, round(10 * seconds[-1]), 96)
+        pictures.append(list(frames.permute(0, 2, 3, 1).numpy()))
+    (tmp_path / "videos").mkdir()
+    write_long_video(tmp_path / "videos/long.mp4", pictures)
+    index, _ = VideoIndex.build(tmp_path / "videos", model, tmp_path / "index",
+                                segment=float(np.median(seconds)))
+    overlaps, starts = [], np.cumsum([0, *seconds])
+    for (hit, *_), start, end in zip(index.search(model, [clip.captions[0] for clip in clips]),
+                                     starts, starts[1:]):
+        shared = max(0, min(hit["end"], end) - max(hit["start"], start))
+        overlaps.append(shared / (hit["end"] - hit["start"] + end - start - shared))
+    found = sum(overlap > 0.5 for overlap in overlaps)
+    print(f"{found} of {len(clips)} moments, mean IoU {np.mean(overlaps):.2f}")
+    assert found >= 0.8 * len(clips)
+
+def test_a_moment_is_printed_as_minutes_and_seconds_and_drawn(tmp_path, monkeypatch, capsys, tiny):
+    monkeypatch.chdir(tmp_path)
+    Path("clips").mkdir()
+    write_long_video(tmp_path / "clips/long.mp4", random_pictures(50))
+    tiny.save("model")
+    main(["index", "clips", "--model", "model", "--out", "index", "--device", "cpu",
+          "--segment", "10"])
+    assert capsys.readouterr().out == "1 videos, 19 segments in index\n"
+    main(["search", "index", "a dog", "-k", "2", "--json", "--device", "cpu"])
+    hits = json.loads(capsys.readouterr().out)
+    main(["search", "index", "a dog", "-k", "2", "--sheet", "sheet.png", "--device", "cpu"])
+    for hit, line in zip(hits, capsys.readouterr().out.splitlines(), strict=True):
+        assert hit["start"] % 5 == 0 and hit["end"] - hit["start"] == 10
+        start, end = int(hit["start"]), int(hit["end"])
+        assert line.endswith(f"{start // 60:02}:{start % 60:02} to {end // 60:02}:{end % 60:02}")
+    frame = sample_frames("clips/long.mp4", 6, 88, hits[1]["start"], hits[1]["end"])[0]
+    strip = np.asarray(Image.open("sheet.png"))[40 + 130 + 24:40 + 130 + 24 + 88, 12:12 + 88]
+    assert np.abs(strip.astype(int) - frame.permute(1, 2, 0).numpy()).mean() < 1
+
+def test_an_index_made_before_there_were_segments_opens_and_is_brought_up_to_date(
+        tmp_path, clips, tiny, encoded):
+    VideoIndex.build(clips, tiny, tmp_path / "index")
+    meta = json.loads((tmp_path / "index/index.json").read_text())
+    (tmp_path / "index/index.json").write_text(json.dumps(
+        {name: value for name, value in meta.items() if name not in ("segment", "stride")}))
+    before = sum(encoded)
+    index, _ = VideoIndex.build(clips, tiny, tmp_path / "index")
+    assert len(index.videos) == 12 and sum(encoded) == before
+    assert len(VideoIndex.load(tmp_path / "index").search(tiny, ["a dog"], 3)[0]) == 3
 
 # ---- Engines -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("M, N, E", [(32, 12, 2), (5, 1, 0), (1, 4, 3)])
