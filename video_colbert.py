@@ -385,7 +385,7 @@ def frames_from(container, stream, pts, dts):
 
 def frames_at(path, wanted, keys, size):
     """Yield the pixels on screen at each of the sorted ticks `wanted`, seeking to one of the `keys`
-    where that skips frames. A file that cannot seek exactly is decoded from the beginning."""
+    if that skips frames and arrives there. MPEG program streams give wrong times afterwards."""
     with av.open(str(path), metadata_errors="ignore") as container:
         stream = container.streams.best("video")
         timed = enumerate(container.decode(stream)) if keys is None else (
@@ -393,7 +393,7 @@ def frames_at(path, wanted, keys, size):
         shown, now, coming = None, -np.inf, None
         for i, tick in enumerate(wanted):
             key = keys[max(0, bisect.bisect(keys, (tick, np.inf)) - 1)] if keys else None
-            if key and key[0] > max(now, keys[0][0]):
+            if key and key[0] > max(now, keys[0][0]) and container.format.name != "mpeg":
                 timed = frames_from(container, stream, *key)
                 now, coming = next(timed, (None, None))
                 if now != key[0]:
@@ -501,13 +501,13 @@ def draw_interactions(rows, side=96):
     font, strips = ImageFont.load_default(12), []
     width = 8 + side * max(5, *(min(12, len(frames)) for _, _, frames, _, _ in rows))
     for title, words, frames, before, after in rows:
-        picks = before.argmax(1).tolist() + after.argmax(1).tolist()
-        shown = sorted(range(len(frames)), key=lambda n: -picks.count(n))[:12]
-        title, label_height = fill(title, width // 10), 15 * picks.count(shown[0])
-        top = 34 + 21 * title.count("\n") + label_height
+        first, then = before.argmax(1).tolist(), after.argmax(1).tolist()
+        shown = sorted(range(len(frames)), key=lambda n: -(first + then).count(n))[:12]
+        label_height = 15 * max(picks.count(n) for picks in (first, then) for n in shown)
+        top = 34 + 21 * fill(title, width // 10).count("\n") + label_height
         strip = Image.new("RGB", (width, top + side + label_height), "white")
         draw = ImageDraw.Draw(strip)
-        draw.text((8, 8), title, "black", ImageFont.load_default(17))
+        draw.text((8, 8), fill(title, width // 10), "black", ImageFont.load_default(17))
         for x, n in zip(range(8, width, side), sorted(shown)):
             picture = Image.fromarray(frames[n].permute(1, 2, 0).cpu().numpy())
             strip.paste(picture.resize((side - 4, side - 4)), (x, top + 2))

@@ -257,7 +257,7 @@ def test_a_folder_without_videos_is_named(tmp_path, dataset):
      "training_v1.0.json: none of its 2 videos is in "),
     ("vatex", {"test_list.txt": "\n"}, "", "test_list.txt: none of its 0 videos is in "),
     ("vatex", {"test_list.txt": "d\nd\n"}, "", "test_list.txt: expected each clip only once"),
-    ("vatex", {"test_list.txt": "z\n"}, "", "test_list.txt: expected a list of captions, .*z.mp4"),
+    ("vatex", {"test_list.txt": "z\n"}, "", "test_list.txt: expected a list of captions that are not blank, .*z.mp4"),
     ("didemo", {"train_data.json": didemo_records(("x@N_1.mov", 5))}, "",
      "train_data.json: expected a list of captions that are not blank"),
     ("didemo", {"train_data.json": ["x"]}, "", "train_data.json: expected a video, got 'x'"),
