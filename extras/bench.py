@@ -31,6 +31,7 @@ from video_colbert import InputError, VideoColBERT, mean_max_sim, mms_fv, sample
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}     # dense bf16, from data sheets
 PAPER_BACKBONES = ("ViT-B-32-quickgelu", "ViT-B-16-quickgelu", "ViT-B-16-SigLIP")
 CARDS = (16, 24, 80)                                              # GB
+FREE = 0.9      # share of a card; the rest is for CUDA, buffers, and what the allocator rounds up
 
 # ---- Measuring -----------------------------------------------------------------------------------
 def median_seconds(device, *calls, repeat=5):
@@ -284,14 +285,20 @@ def bench_memory(device, batch=128, micro_batches=(128, 32, 8)):
                          f"per video, {per_caption / 1e6:.1f} MB per caption")
             for size in micro_batches:
                 need = (fixed + size * (per_video + per_caption)) / 1e9
-                # A tenth is left to CUDA itself, to buffers and to what the allocator rounds up.
-                fits = " ".join(str(card) for card in CARDS if need < 0.9 * card)
+                fits = " ".join(str(card) for card in CARDS if need < FREE * card)
                 peak = measured_peak(replace(s, micro_batch=size), device) / 1e9 \
                     if device.type == "cuda" else math.nan
                 measured = "" if math.isnan(peak) else f" (measured: {peak:.1f})"
                 lines.append(f"  --micro-batch {size:3}: {need:6.1f} GB{measured}; "
                              + (f"fits a card of {fits} GB" if fits else "fits none of the cards"))
+            for card in CARDS:
+                room = (FREE * card * 1e9 - fixed) / (per_video + per_caption)
+                lines.append(f"  {card} GB: --micro-batch {largest_power_of_two(min(room, batch))}")
     return lines
+
+def largest_power_of_two(x):
+    """That is at most x, 0 if x is below 1."""
+    return 2 ** math.floor(math.log2(x)) if x >= 1 else 0
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,

@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import warnings
 from pathlib import Path
 
 import av
@@ -159,12 +160,12 @@ class VideoIndex:
         self.folder, self.meta, self.videos, self.model = Path(folder), meta, meta["videos"], None
         counts = [segment_count(meta, seconds) for *_, seconds in self.videos]
         self.first_row = np.cumsum([0, *counts])                  # of each video, and of none
-        shape = array_shape(meta)
-        self.vectors = torch.empty(shape, dtype=torch.float16)
-        if self.videos:                                           # mapped, not read
-            self.vectors = torch.from_file(str(self.folder / meta["vectors"]), shared=False,
-                                           size=math.prod(shape), dtype=torch.float16).view(shape)
-        self.vectors = self.vectors.to(device)
+        self.vectors = torch.empty(array_shape(meta), dtype=torch.float16, device="meta")
+        if self.videos:                    # mapped for reading, so that it may exceed the memory
+            array = np.memmap(self.folder / meta["vectors"], np.float16, "r", 0, array_shape(meta))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")                   # PyTorch's, of arrays to read only
+                self.vectors = torch.from_numpy(array).to(device)
 
     @classmethod
     def load(cls, folder, device="cpu", unfinished=False):
@@ -406,8 +407,10 @@ class VideoIndex:
                 parts.append((os.path.relpath(path, self.meta["root"]), start, end))
             yield rows, parts, as_multivector(x[:, :N], x[:, N:]).cpu().numpy()
 
-    def to_lancedb(self, uri, table="videos"):
-        """Write a LanceDB table (folder or object storage) of path, start, end, vector -> table."""
+    def to_lancedb(self, uri, table="videos", partitions=0):
+        """Write a LanceDB table (folder or object storage) of path, start, end, vector -> table.
+        With `partitions` (256 for 20,000 videos) its vector index is built: search it with
+        .distance_type("cosine").nprobes(16).refine_factor(10), as RESULTS.md does."""
         import lancedb                                            # optional, see requirements.txt
         import pyarrow
         vector = pyarrow.list_(pyarrow.list_(pyarrow.float32(), self.meta["width"] + 2))
@@ -418,7 +421,11 @@ class VideoIndex:
             for _, parts, vectors in self.multivectors():
                 columns = [*zip(*parts), [list(x) for x in vectors]]
                 yield pyarrow.RecordBatch.from_pydict(dict(zip(schema.names, columns)), schema)
-        return lancedb.connect(uri).create_table(table, batches(), schema=schema)
+        table = lancedb.connect(uri).create_table(table, batches(), schema=schema)
+        if partitions:
+            table.create_index("vector", config=lancedb.index.IvfFlat(
+                distance_type="cosine", num_partitions=partitions))
+        return table
 
     def to_qdrant(self, client, collection="videos"):
         """Write a Qdrant collection of multivectors, with path, start and end in the payload."""

@@ -70,8 +70,8 @@ def test_memory_is_told_for_each_backbone_and_number_of_videos(monkeypatch):
     monkeypatch.setattr(bench, "PAPER_BACKBONES", ("tiny",))
     monkeypatch.setattr(bench, "CARDS", (0.05, 0.2, 5))
     lines = bench.bench_memory(CPU, batch=16, micro_batches=(16, 4))
-    assert len(lines) == 1 + 2 * 3
-    assert lines[1].startswith("tiny, 12 frames") and lines[4].startswith("tiny, 64 frames")
+    assert len(lines) == 1 + 2 * (1 + 2 + 3)
+    assert lines[1].startswith("tiny, 12 frames") and lines[7].startswith("tiny, 64 frames")
     assert re.match(r"  --micro-batch  16: +\d+\.\d GB; fits a card of .*5 GB", lines[2])
 
 def test_the_cards_that_a_step_fits_follow_from_its_bytes(monkeypatch):
@@ -88,10 +88,16 @@ def test_the_cards_that_a_step_fits_follow_from_its_bytes(monkeypatch):
     assert lines[2:5] == ["  --micro-batch 128:   13.8 GB; fits a card of 16 24 80 GB",
                           "  --micro-batch  32:    4.2 GB; fits a card of 16 24 80 GB",
                           "  --micro-batch   8:    1.8 GB; fits a card of 16 24 80 GB"]
+    assert lines[5:8] == ["  16 GB: --micro-batch 128", "  24 GB: --micro-batch 128",
+                          "  80 GB: --micro-batch 128"]
     monkeypatch.setattr(bench, "activation_bytes", lambda model, frames: (150e6, 10e6, 0))
+    assert bench.bench_memory(CPU)[5] == "  16 GB: --micro-batch 64"  # 13.4 GB / 0.16 GB is 83
     assert bench.bench_memory(CPU)[2] == "  --micro-batch 128:   21.5 GB; fits a card of 24 80 GB"
     monkeypatch.setattr(bench, "activation_bytes", lambda model, frames: (900e6, 0, 0))
-    assert bench.bench_memory(CPU)[2] == "  --micro-batch 128:  116.2 GB; fits none of the cards"
+    lines = bench.bench_memory(CPU)
+    assert lines[2] == "  --micro-batch 128:  116.2 GB; fits none of the cards"
+    assert lines[5:8] == ["  16 GB: --micro-batch 8", "  24 GB: --micro-batch 16",
+                          "  80 GB: --micro-batch 64"]
 
 def test_the_measured_peak_is_of_two_training_steps(monkeypatch):
     """Each passes twice over micro-batches of 2, 2 and 1 videos. What does not fit on the GPU is
