@@ -2,6 +2,7 @@
 
     python -m extras.bench                    the paper's sizes; on a CPU add --batch-size 4
     python -m extras.bench --memory           what training each of the paper's backbones takes
+    python -m extras.bench --long-video       12 frames of an hour of 720p, against decoding it all
 
 Other flags are train.py's. Clips are those of --data if they are there, else synthetic. Calls that
 are compared take turns, so that a busy machine is busy for all of them: trust the ratios.
@@ -17,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
+import av
 import numpy as np
 import torch
 from PIL import Image
@@ -26,7 +28,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from extras.shapes import draw_clip
 from train import Clip, autocast, cached_frames, parse_settings, pick_device, run_main
-from video_colbert import InputError, VideoColBERT, mean_max_sim, mms_fv, sample_frames
+from video_colbert import (InputError, VideoColBERT, frame_times, frames_at, mean_max_sim, mms_fv,
+                           sample_frames, sample_times)
 
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}     # dense bf16, from data sheets
 PAPER_BACKBONES = ("ViT-B-32-quickgelu", "ViT-B-16-quickgelu", "ViT-B-16-SigLIP")
@@ -205,6 +208,47 @@ def bench_query(s, model, device, gallery=1000):
     return [f"query against {gallery} videos: {1000 * whole:.1f} ms, of which the text encoder "
             f"{1000 * encoder:.1f} ms"]
 
+# ---- Long videos ---------------------------------------------------------------------------------
+def write_long_video(path, minutes, size=(1280, 720)):
+    """A minute of moving noise in H.264, again and again."""
+    noise = np.random.default_rng(0).integers(0, 256, (110, 180, 3), dtype=np.uint8)
+    noise, minute = noise.repeat(8, 0).repeat(8, 1), io.BytesIO()
+    with av.open(minute, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=25, options={"preset": "fast", "crf": "28"})
+        (stream.width, stream.height), stream.pix_fmt = size, "yuv420p"
+        for i in range(60 * 25):
+            picture = noise[i // 3 % 150:, i % 150:][:size[1], :size[0]]
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), "rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    minute.seek(0)
+    with av.open(minute) as source, av.open(str(path), "w") as container:
+        stream = container.add_stream_from_template(source.streams.video[0])
+        packets = [packet for packet in source.demux(video=0) if packet.size]
+        length = sum(packet.duration for packet in packets)
+        for shift in range(0, minutes * length, length):
+            for original in packets:
+                packet = av.Packet(bytes(original))
+                packet.stream, packet.time_base = stream, original.time_base
+                packet.pts, packet.dts = original.pts + shift, original.dts + shift
+                packet.duration, packet.is_keyframe = original.duration, original.is_keyframe
+                container.mux(packet)
+
+def bench_long_video(minutes=60):
+    """Seeking to 12 frames, and decoding from the beginning as far as the last of them."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/long.mp4"
+        write_long_video(path, minutes)
+        times = frame_times(path)
+        wanted = sample_times(path, times, 12)
+        demux, seek, decode = median_seconds(
+            torch.device("cpu"), lambda: frame_times(path),
+            lambda: sample_frames(path, 12, 224),
+            lambda: list(frames_at(path, wanted, [], 224)), repeat=1)
+    return [f"12 frames of {minutes} minutes of 720p H.264 with {len(times[3])} keyframes: "
+            f"{seek:.2f} s, of which {demux:.2f} s to find the keyframes; decoding from the "
+            f"beginning takes {decode:.2f} s, so {seek / decode:.3f} of it"]
+
 # ---- Memory --------------------------------------------------------------------------------------
 def saved_bytes(call, model):
     """Bytes that autograd saves for the backward pass of a call, each storage once, without the
@@ -304,6 +348,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--memory", action="store_true", help="what training takes, and stop")
+    parser.add_argument("--long-video", action="store_true", help="12 frames of an hour, and stop")
     args, argv = parser.parse_known_args(argv)
     s = parse_settings(["--data", "msrvtt", *argv])
     device = pick_device(s.device)
@@ -311,6 +356,9 @@ def main(argv=None):
     print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     if args.memory:
         print(*bench_memory(device), sep="\n")
+        return
+    if args.long_video:
+        print(*bench_long_video(), sep="\n")
         return
     print(*bench_scores(device), sep="\n")                        # first, while no memory was freed
     model = VideoColBERT(replace(s, pretrained=None)).to(device)

@@ -8,7 +8,7 @@ from torch import nn
 
 from extras import bench
 from train import parse_settings
-from video_colbert import VideoColBERT
+from video_colbert import VideoColBERT, frame_times, sample_frames
 
 CPU = torch.device("cpu")
 
@@ -119,3 +119,13 @@ def test_the_measured_peak_is_of_two_training_steps(monkeypatch):
         raise torch.cuda.OutOfMemoryError
     monkeypatch.setattr(bench, "extra_megabytes", does_not_fit)
     assert math.isnan(bench.measured_peak(s, CPU))
+
+def test_a_long_video_is_as_long_as_it_should_be_and_both_ways_are_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench.write_long_video, "__defaults__", ((64, 48),))
+    bench.write_long_video(tmp_path / "a.mp4", 3)
+    ticks, end, tick, keys = frame_times(tmp_path / "a.mp4")
+    assert len(ticks) == 3 * 60 * 25 and end * tick == pytest.approx(180) and len(keys) >= 18
+    frames = sample_frames(tmp_path / "a.mp4", 6, 32).float()
+    assert (frames[:2] - frames[2:4]).abs().mean() < 1            # the same minute again
+    line, = bench.bench_long_video(2)
+    assert re.match(r"12 frames of 2 minutes of .*: \d+\.\d+ s, .* so \d\.\d+ of it$", line)
