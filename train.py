@@ -44,7 +44,7 @@ class Settings(Config):
     epochs: int = 5                 # passes over all captions (Table 10 is illegible; DRL's)
     batch_size: int = 128           # videos per step, over all processes together (likewise)
     captions_per_video: int = 1     # captions per video in a batch; the video is encoded once
-    micro_batch: int = 0            # videos encoded at a time, for less memory; 0 is all at once
+    micro_batch: int = 0            # videos that a process encodes at a time; 0 is all at once
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # of the encoders; see autocast
     lr_pretrained: float = 1e-7     # learning rate of the pre-trained encoders (5.2, Table 9)
     lr: float = 1e-4                # learning rate of everything new (section 5.2, Table 9)
@@ -91,10 +91,10 @@ def parse_settings(argv):
     for name in ("loss", "data", "backbone") if not run else ():
         default = replace(default, **PRESETS.get(getattr(s, name), {}))
         s = parse(default=default)
-    at_least_1 = {"batch_size", "captions_per_video", "checkpoint_every", "workers"}
+    least = dict(batch_size=WORLD, captions_per_video=1, checkpoint_every=1, workers=1)  # others 0
     for name in {f.name for f in fields(Settings)} - {f.name for f in fields(Config)}:
         value = getattr(s, name)
-        if type(value) in (int, float) and not (name in at_least_1) <= value < 2 ** 63:  # NaN too
+        if type(value) in (int, float) and not least.get(name, 0) <= value < 2 ** 63:  # NaN too
             raise InputError(f"--{name.replace('_', '-')} cannot be {value}")
     if s.out and os.path.exists(s.out):
         raise InputError(f"--out {s.out} exists already: give a new folder, or --resume {s.out}")
@@ -115,8 +115,7 @@ def gather_lists(part):
     return sum(parts, [])
 
 def gather_features(x):
-    """The rows of all processes, in order of rank. Only this process's rows have a gradient: all
-    compute the same loss, so the sum of their gradients is complete."""
+    """All processes' rows in order of rank. A process's own have a gradient; these are added up."""
     if WORLD == 1:
         return x
     sizes = gather_lists([len(x)])
@@ -377,19 +376,21 @@ def encode(model, s, ids, mask, frames):                          # Q, F, V
 def training_step(model, optimizer, scaler, s, ids, mask, frames, positives):
     """One step on this process's queries and videos -> (5,): loss, mean MMS_F and MMS_V of the true
     pairs, gradient norm, scale of fp16. `positives` (A, B) is the whole batch's.
-    --micro-batch is GradCache (Gao et al. 2021), the gradient of the whole batch in the memory of a
+    --micro-batch is GradCache (Gao et al. 2021), a whole batch's gradient with the activations of a
     few videos: embed part by part without gradient, let the loss give the embeddings' gradients,
-    then embed each part again and pass these on to the parameters. There must be no dropout."""
+    then embed each part again and pass these on to the parameters."""
     count = len(frames.split(s.micro_batch)) if s.micro_batch else 1
     parts = list(zip(*(x.tensor_split(count) for x in (ids, mask, frames))))
+    model.train(count == 1)                               # dropout would differ in the second pass
     with torch.set_grad_enabled(count == 1):
         Q, F, V = (torch.cat(x) for x in zip(*(encode(model, s, *part) for part in parts)))
     cached = [x.requires_grad_() for x in (Q, F, V)] if count > 1 else []
     Q, mask, F, V = (gather_features(x) for x in (Q, mask, F, V))
     loss, sim_F, sim_V = model.loss(Q, mask, F, V, positives)
     scaler.scale(loss).backward()
-    for part, *grads in zip(parts, *(x.grad.tensor_split(count) for x in cached)) if cached else ():
-        torch.autograd.backward(encode(model, s, *part), grads)
+    if count > 1:
+        for part, *grads in zip(parts, *(x.grad.tensor_split(count) for x in cached)):
+            torch.autograd.backward(encode(model, s, *part), grads)
     if WORLD > 1:
         sum_gradients(model)
     scaler.unscale_(optimizer)
@@ -422,6 +423,7 @@ def train(model, data, s, device, out, data_id):
         for name, part in parts.items():
             part.load_state_dict(state.get(name) or part.state_dict())  # only fp16 has a scaler's
         skipped += state.get("skipped", [])
+        torch.set_rng_state(state["rng"])
         first = state["step"]
     if RANK == 0:
         log.truncate(state["log"] if state else 0)                # later steps run again
@@ -432,7 +434,6 @@ def train(model, data, s, device, out, data_id):
     signals, unread = [], []                      # unread: steps whose numbers are still on the GPU
     loaded = prefetch(load, itertools.islice(batches(clips, s), first, None), s.workers)
     bar = tqdm(total=steps, initial=first, desc="training", unit="step", disable=RANK > 0)
-    model.train()
     handle_signals(lambda number, frame: signals.append(number))  # no step is cut short
     with log, bar:
         for step, (batch, captions, frames) in enumerate(loaded, first):
@@ -455,12 +456,11 @@ def train(model, data, s, device, out, data_id):
                     sim_F, sim_V, target = evaluate(model, data[split], s, device)
                     recall = retrieval_metrics(mms_fv(sim_F, sim_V), target)["R@1"]
                     log.write(json.dumps({"epoch": epoch, f"{split} R@1": recall}) + "\n")
-                    model.train()
             if saves and RANK == 0:
                 save_checkpoint(out / "checkpoints", dict(
-                    step=step + 1, log=log.tell(), data=data_id,
+                    step=step + 1, log=log.tell(), data=data_id, rng=torch.get_rng_state(),
                     skipped=skipped, **{name: part.state_dict() for name, part in parts.items()}))
-            if stops:
+            if stops or step + 1 == steps and any(gather_lists(signals)):  # while it was evaluated
                 raise KeyboardInterrupt(f"stopped after step {step}; resume with --resume {out}")
     handle_signals(signal.default_int_handler)
 
@@ -560,9 +560,9 @@ def run(s, device):
         rows = result_rows(*evaluate(model, data["test"], s, device), model.config.interaction)
     except (InputError, torch.OutOfMemoryError) as error:
         if not isinstance(error, InputError):
-            total, now = torch.cuda.mem_get_info(device)[1], s.micro_batch or s.batch_size // WORLD
+            total, now = torch.cuda.mem_get_info(device)[1], s.micro_batch or s.batch_size
             error = (f"{device} has {total / 2 ** 30:.0f} GiB, too little for {now} of a batch of "
-                     f"{s.batch_size} videos: use --resume {out} --micro-batch {now // 4 or 1}")
+                     f"{s.batch_size} videos: use --resume {out} --micro-batch {now // 8 or 1}")
         last = max(out.glob("checkpoints/*.pt"), default="none")
         raise InputError(f"{error}; last good checkpoint: {last}") from None
     if RANK == 0:

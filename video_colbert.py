@@ -69,7 +69,6 @@ def mean_max_sim(Q, V, mask=None):
     frames = V.to(dtype).transpose(0, 1).flatten(0, 1)         # (N B, d): frames first, a fast amax
     weight = torch.ones_like(Q[..., 0]) if mask is None else mask  # (A, M)
     weight = weight.to(dtype) / weight.sum(1, keepdim=True)       # 1/M for the tokens that count
-
     def mms(q, w):                                                # (a, M, d), (a, M)
         sim = q.flatten(0, 1) @ frames.T                          # (a M, N B)
         best = sim.view(len(q) * M, N, B).amax(1)                 # (a M, B), max over frames
@@ -137,8 +136,7 @@ def load_backbone(name, pretrained):
     vision, text = config["vision_cfg"], config["text_cfg"]
     if isinstance(vision.get("layers"), list) or "multimodal_cfg" in config \
             or "hf_model_name" in text or text.get("width", 512) != config["embed_dim"]:
-        raise InputError(f"backbone {name!r} is not supported: it needs a vision transformer and "
-                         "a text encoder of open_clip's own that is as wide as its output")
+        raise InputError(f"backbone {name!r} is not supported: it is not built like CLIP")
     clip = open_clip.CustomTextCLIP(**config)
     tags = open_clip.list_pretrained_tags_by_model(name)
     default = next((tag for tag in ("openai", "webli") if tag in tags), "")
@@ -226,8 +224,7 @@ class VideoColBERT(nn.Module):
 
     def real_tokens(self, ids):
         """ids (A, M) -> bool (A, M): True for start, words and end, False for pads."""
-        tokenizer = self.tokenizer
-        end = tokenizer.tokenizer.eos_token_id if self.is_siglip else tokenizer.eot_token_id
+        end = self.tokenizer.tokenizer.eos_token_id if self.is_siglip else self.tokenizer.eot_token_id
         position = torch.arange(ids.shape[1], device=ids.device)  # (M,)
         return position <= (ids == end).int().argmax(1, keepdim=True)
 
@@ -334,14 +331,17 @@ def write_file(path, *parts):
         raise InputError(f"{path}: {error.strerror}") from None
 
 # ---- Frames of a video file (section 5.2) --------------------------------------------------------
+SEEKABLE = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts", "flv")  # others have rough times
+
 def frame_times(path):
     """-> sorted times of the frames in ticks, end of the last, seconds per tick, (pts, dts) of the
-    keyframes or, if ticks count frames for lack of times, None. Headers are too unreliable."""
+    keyframes to seek to, None if ticks count frames for lack of times. Headers are unreliable."""
     with av.open(str(path), metadata_errors="ignore") as container:
         stream = container.streams.best("video")
         if stream is None or stream.codec_context is None:
             raise InputError(f"{path}: no video stream of a known codec")
-        packets = [(p.pts, p.duration or 0, p.dts or p.pts, p.is_keyframe)
+        can_seek = container.format.name in SEEKABLE
+        packets = [(p.pts, p.duration or 0, p.dts or p.pts, p.is_keyframe and can_seek)
                    for p in container.demux(stream) if p.size and not p.is_discard]
         rate = stream.average_rate or 25
         if packets and all(pts is not None for pts, *_ in packets):
@@ -375,7 +375,7 @@ def sample_times(path, times, num_frames, start=0.0, end=None):
     return np.array(ticks)[np.searchsorted(ticks, middles, side="right") - 1]
 
 def frames_from(container, stream, pts, dts):
-    """Yield (time, frame) from a keyframe on, which is found by its time. Formats seek roughly."""
+    """Yield (time, frame) from a keyframe on. Packets of earlier times are dropped."""
     with contextlib.suppress(av.FFmpegError):
         container.seek(dts, stream=stream)                        # or to some packet before it
     for packet in itertools.dropwhile(lambda packet: packet.pts != pts, container.demux(stream)):
@@ -385,7 +385,7 @@ def frames_from(container, stream, pts, dts):
 
 def frames_at(path, wanted, keys, size):
     """Yield the pixels on screen at each of the sorted ticks `wanted`, seeking to one of the `keys`
-    if that skips frames and arrives there. MPEG program streams give wrong times afterwards."""
+    where that skips frames. A file that does not arrive there is decoded from its beginning."""
     with av.open(str(path), metadata_errors="ignore") as container:
         stream = container.streams.best("video")
         timed = enumerate(container.decode(stream)) if keys is None else (
@@ -393,7 +393,7 @@ def frames_at(path, wanted, keys, size):
         shown, now, coming = None, -np.inf, None
         for i, tick in enumerate(wanted):
             key = keys[max(0, bisect.bisect(keys, (tick, np.inf)) - 1)] if keys else None
-            if key and key[0] > max(now, keys[0][0]) and container.format.name != "mpeg":
+            if key and key[0] > max(now, keys[0][0]):
                 timed = frames_from(container, stream, *key)
                 now, coming = next(timed, (None, None))
                 if now != key[0]:
@@ -407,10 +407,10 @@ def frames_at(path, wanted, keys, size):
             yield upright_pixels(shown or coming, size)
 
 def sample_frames(path, num_frames, size, start=0.0, end=None):
-    """TSN-style sampling: the frame on screen in the middle (the paper is silent on where) of each
-    of `num_frames` equal segments of a video, or of its part from `start` to `end` in seconds
-    -> uint8 (num_frames, 3, size, size), RGB, resized without keeping the aspect ratio. A clip with
-    fewer frames repeats them. Raises InputError, which names the file, if no frame can be had."""
+    """TSN-style sampling of a video, or of its part from `start` to `end` in seconds: the frame on
+    screen in the middle (the paper is silent on where) of each of `num_frames` equal segments
+    -> uint8 (num_frames, 3, size, size), RGB, resized without keeping the aspect ratio. Clips with
+    fewer frames repeat them. Raises InputError, which names the file, if no frame can be had."""
     try:
         times = frame_times(path)
         wanted = sample_times(path, times, num_frames, start, end)
@@ -469,7 +469,7 @@ def results_table(result):
     note = f", {missing} test clips missing: not comparable" if missing else ""
     lines = [f"gallery of {result['gallery']} clips{note}"]
     for first, *rest in (rows[0].keys(), *(row.values() for row in rows)):
-        cells = [f"{x:#9.4g}" if isinstance(x, float) else f"{x:>9}" for x in rest]
+        cells = [f"{x:#10.4g}" if isinstance(x, float) else f"{x:>10}" for x in rest]
         lines.append(f"{first:13}" + "".join(cells))
     return "\n".join(lines)
 
@@ -496,7 +496,7 @@ def interactions(model, query, frames):
 
 def draw_interactions(rows, side=96):
     """rows of (title, words, frames (N, 3, S, S), before (W, N), after (W, N)) -> PIL image. A row
-    shows at most 12 frames, those that words picked first: above a frame in green the words that
+    shows at most 12 frames, those that most words pick: above a frame in green the words that
     pick it before the temporal transformer, below it in red those that pick it after."""
     font, strips = ImageFont.load_default(12), []
     width = 8 + side * max(5, *(min(12, len(frames)) for _, _, frames, _, _ in rows))

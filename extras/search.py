@@ -36,7 +36,7 @@ VIDEO_ENDINGS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg
                  ".wmv", ".ts")
 
 SAVE_EVERY = 256                                                  # videos
-PIECE = 64                                     # segments of a video that are decoded in one pass
+PIECE = 32                                     # segments of a video that are decoded in one pass
 # Overlapping segments are joined if they lose at most this share of the best one's lead over the
 # median segment: any segment that shows a little of the moment has a good frame for each token.
 MERGE = 0.05
@@ -164,7 +164,7 @@ class VideoIndex:
         if self.videos:                    # mapped for reading, so that it may exceed the memory
             array = np.memmap(self.folder / meta["vectors"], np.float16, "r", 0, array_shape(meta))
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")                   # PyTorch's, of arrays to read only
+                warnings.simplefilter("ignore")                  # PyTorch's, of read-only arrays
                 self.vectors = torch.from_numpy(array).to(device)
 
     @classmethod
@@ -267,13 +267,18 @@ class VideoIndex:
                 yield file, 0.0, path, times, []
                 continue
             ticks, end, tick, _ = times
-            seconds = round((end - ticks[0]) * tick, 3)
+            seconds = max(0.001, round((end - ticks[0]) * tick, 3))
             count = segment_count(self.meta, seconds)
+            if count > len(ticks):
+                problem = f"{path}: {count} segments of {len(ticks)} frames; its times are wrong"
+                yield file, 0.0, path, problem, []
+                continue
             parts = [segment_span(self.meta, seconds, i) for i in range(count)]
             if count == 1:
                 parts = [(0.0, None)]                             # to its end, without rounding
-            for i in range(0, count, PIECE):
-                yield file, seconds, path, times, parts[i:i + PIECE]
+            size = PIECE if times[3] else 16 * PIECE     # without seeking each begins at the start
+            for i in range(0, count, size):
+                yield file, seconds, path, times, parts[i:i + size]
 
     def add(self, new, model, batch_size, workers):
         """Encode videos, a list of [path, size, mtime_ns] -> [what is wrong with each video that
@@ -340,7 +345,7 @@ class VideoIndex:
         """Of a row of the array: path on disk, start and end in seconds."""
         video = int(np.searchsorted(self.first_row, row, side="right")) - 1
         path, _, _, seconds = self.videos[video]
-        start, end = segment_span(self.meta, seconds, row - self.first_row[video])
+        start, end = segment_span(self.meta, seconds, int(row - self.first_row[video]))
         return os.path.join(self.meta["root"], path), start, end
 
     @torch.no_grad()
@@ -364,13 +369,13 @@ class VideoIndex:
         ids, mask = model.tokenize(queries)
         Q = model.encode_query(ids.to(model.device), mask.to(model.device)).to(self.vectors.device)
         F, V = self.scores(Q, mask.to(Q.device))                  # (A, B)
-        segment, stride = self.meta["segment"], self.meta["stride"]
-        overlapping = 2 * math.ceil(segment / stride) if segment else 0  # at most, with one segment
         total, N, results = mms_fv(F, V), self.meta["num_frames"], []
-        best = total.topk(min(k * (1 + overlapping), len(self.vectors)))
-        for a, (scores, rows) in enumerate(zip(*best)):
-            hits, typical = [], total[a].median().item()
+        segment = self.meta["segment"]
+        for a, (scores, rows) in enumerate(zip(*total.sort(dim=1, descending=True))):
+            hits, typical, lowest = [], scores.median().item(), math.inf
             for score, row in zip(scores.tolist(), rows.tolist()):
+                if len(hits) == k and (not segment or score < lowest):
+                    break
                 path, start, end = self.segment(row)
                 overlapped = [hit for hit in hits if path == hit["path"] and start < hit["end"]
                               and hit["start"] < end]
@@ -382,6 +387,7 @@ class VideoIndex:
                 elif len(hits) < k:
                     near = self.vectors[row].float() @ Q[a].sum(0)  # (N + N + E,), masked are 0
                     n = (near[:N] + near[N:2 * N]).argmax().item()
+                    lowest = min(lowest, score - MERGE * (score - typical))  # that can join a hit
                     hits.append(dict(path=path, score=score, F=F[a, row].item(),
                                      V=V[a, row].item(), start=start, end=end,
                                      best=(start + n / N * (end - start),
@@ -434,7 +440,7 @@ class VideoIndex:
         parameters = models.VectorParams(size=self.meta["width"] + 2, multivector_config=maxsim,
                                          distance=models.Distance.COSINE)
         client.create_collection(collection, vectors_config=parameters)
-        for rows, parts, vectors in self.multivectors():
+        for rows, parts, vectors in self.multivectors(32):        # a server takes 32 MB at a time
             client.upsert(collection, [
                 models.PointStruct(id=row, vector=x.tolist(),
                                    payload=dict(zip(("path", "start", "end"), part)))
@@ -443,10 +449,13 @@ class VideoIndex:
 # ---- Pictures and the command line ---------------------------------------------------------------
 def span(hit, segment):
     """The time of a hit to read: mm:ss of a segment, or the seconds of the best frame."""
+    start, end = hit["start"], hit["end"]
     if not segment:
-        return f"{hit['start']:.1f} to {hit['end']:.1f} s"
-    start, end = round(hit["start"]), round(hit["end"])
-    return f"{start // 60:02}:{start % 60:02} to {end // 60:02}:{end % 60:02}"
+        return f"{start:.1f} to {end:.1f} s"
+    width, digits = (2, 0) if segment >= 5 else (4, 1)            # 01:07, or 01:07.5
+    start, end = round(start, digits), round(end, digits)
+    return (f"{int(start // 60):02}:{start % 60:0{width}.{digits}f} to "
+            f"{int(end // 60):02}:{end % 60:0{width}.{digits}f}")
 
 def draw_hits(query, hits, num_frames, segment=0, side=96):
     """A contact sheet -> PIL image: for each hit a strip of at most 12 frames, the best one framed
@@ -490,7 +499,7 @@ def open_model(name, device):
 def index_command(args, device):
     name = os.path.abspath(args.model) if Path(args.model).is_dir() else args.model
     index, problems = VideoIndex.build(args.folder, open_model(args.model, device), args.out, name,
-                                       workers=os.cpu_count(), segment=args.segment,
+                                       workers=min(8, os.cpu_count()), segment=args.segment,
                                        stride=args.stride)
     for problem in problems:
         print(f"skipped: {problem}")
