@@ -224,7 +224,8 @@ class VideoColBERT(nn.Module):
 
     def real_tokens(self, ids):
         """ids (A, M) -> bool (A, M): True for start, words and end, False for pads."""
-        end = self.tokenizer.tokenizer.eos_token_id if self.is_siglip else self.tokenizer.eot_token_id
+        tokenizer = self.tokenizer
+        end = tokenizer.tokenizer.eos_token_id if self.is_siglip else tokenizer.eot_token_id
         position = torch.arange(ids.shape[1], device=ids.device)  # (M,)
         return position <= (ids == end).int().argmax(1, keepdim=True)
 
@@ -270,9 +271,8 @@ class VideoColBERT(nn.Module):
         For mean pooling (equation 1) the mask keeps one token and F and V become one vector each.
         """
         if self.config.interaction == "mp":
-            frames_of_V = V[:, :F.shape[1]]                       # without the expansion tokens
+            V = normalize(V[:, :F.shape[1]].mean(1, keepdim=True), dim=-1)  # without expansion
             F = normalize(F.mean(1, keepdim=True), dim=-1)        # (B, 1, d)
-            V = normalize(frames_of_V.mean(1, keepdim=True), dim=-1)
         return mean_max_sim(Q, F, mask), mean_max_sim(Q, V, mask)
 
     def loss(self, Q, mask, F, V, positives=None):
