@@ -433,6 +433,22 @@ def test_a_signal_saves_a_checkpoint_and_stops(data, monkeypatch, number):
     train.main(["--resume", "a"])
     assert contents("a") == contents("whole")
 
+def test_a_signal_during_the_last_validation_stops_the_run(data, monkeypatch):
+    """The last checkpoint is there already; no later step reads the signal."""
+    flags, evaluate = [*SMALL, "--data", "clips.jsonl"], train.evaluate
+    train.main([*flags, "--out", "whole"])
+    calls = itertools.count()
+    def signalled(*args):
+        if next(calls) == 1:                                      # of two epochs
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", signalled)
+        with pytest.raises(KeyboardInterrupt, match="stopped after step 3; resume with --resume a"):
+            train.main([*flags, "--out", "a"])
+    train.main(["--resume", "a"])
+    assert contents("a") == contents("whole")
+
 @pytest.mark.parametrize("spoilt", [0, 3])
 def test_a_loss_or_gradient_that_is_not_finite_stops_before_a_checkpoint_holds_it(
         data, monkeypatch, spoilt):
@@ -913,6 +929,36 @@ def test_no_part_of_a_micro_batched_step_holds_more_than_its_videos(monkeypatch)
         monkeypatch.setattr(VideoColBERT, name, noted)
     gradients(3, 3)
     assert sizes == {"encode_video": [3, 3, 2] * 2, "encode_query": [5, 5, 5] * 2}
+
+@pytest.fixture
+def dropout(monkeypatch):
+    """A temporal transformer with dropout, as a reader may write it."""
+    forward = video_colbert.TemporalTransformer.forward
+    def with_dropout(module, f):
+        return torch.nn.functional.dropout(forward(module, f), 0.5, module.training)
+    monkeypatch.setattr(video_colbert.TemporalTransformer, "forward", with_dropout)
+
+def test_micro_batches_switch_dropout_off_for_it_would_differ_between_the_passes(
+        dropout, monkeypatch):
+    by_parts, with_dropout = gradients(3, 1), gradients(0, 1)
+    monkeypatch.undo()
+    assert_equal_gradients(by_parts, gradients(0, 1))
+    with pytest.raises(AssertionError):
+        assert_equal_gradients(with_dropout, by_parts)
+
+def test_a_run_with_dropout_resumes_to_the_same_bytes(data, dropout, monkeypatch):
+    flags = [*SMALL, "--data", "clips.jsonl", "--checkpoint-every", "1"]
+    train.main([*flags, "--out", "whole"])
+    run_until(monkeypatch, [*flags, "--out", "a"], "training_step", 3)
+    torch.manual_seed(99)
+    train.main(["--resume", "a"])
+    assert contents("a") == contents("whole")
+
+def test_a_batch_has_a_video_for_each_process(monkeypatch):
+    monkeypatch.setattr(train, "WORLD", 3)
+    assert train.parse_settings(["--batch-size", "3"]).batch_size == 3
+    with pytest.raises(InputError, match="--batch-size cannot be 2"):
+        train.parse_settings(["--batch-size", "2"])
 
 def test_out_of_memory_is_one_line_that_names_the_next_micro_batch(data, monkeypatch, capsys):
     flags = [*SMALL, "--data", "clips.jsonl", "--checkpoint-every", "1", "--out", "a"]

@@ -434,6 +434,37 @@ def test_a_moment_longer_than_a_segment_is_joined_from_its_segments(tmp_path, ti
     hit = index.search(tiny, ["a dog"], 1)[0][0]
     assert (hit["start"], hit["end"], hit["score"]) == (8.0, 18.0, pytest.approx(1.8))
 
+def test_a_moment_and_the_number_of_hits_do_not_depend_on_k(tmp_path, tiny, monkeypatch):
+    """A long video of which all fits nearly as well, and 30 others: the best hit is joined from
+    many segments, and there are k hits nevertheless."""
+    (tmp_path / "clips").mkdir()
+    write_long_video(tmp_path / "clips/a.mp4", random_pictures(40))
+    for i in range(30):
+        write_long_video(tmp_path / f"clips/b{i}.mp4", random_pictures(1))
+    index, _ = VideoIndex.build(tmp_path / "clips", tiny, tmp_path / "index", segment=4.0,
+                                stride=1.0)
+    sim = torch.cat([0.9 + 0.01 * torch.rand(77), 0.3 * torch.rand(30)])[None]
+    monkeypatch.setattr(index, "first_row", np.cumsum([0, 77, *[1] * 30]))
+    monkeypatch.setattr(index, "scores", lambda Q, mask: (sim - 0.8, sim - 0.8))
+    best = [index.search(tiny, ["a dog"], k)[0] for k in (1, 5, 20)]
+    assert [len(hits) for hits in best] == [1, 5, 20]
+    assert len({(hits[0]["start"], hits[0]["end"]) for hits in best}) == 1
+
+def test_a_video_of_one_frame_is_found(tmp_path, tiny):
+    write_clip(tmp_path / "clips/a.mp4", 1)
+    ticks, _, tick, keys = frame_times(tmp_path / "clips/a.mp4")
+    def no_length(path):
+        return ticks, ticks[0] + 1, 1e-5, keys
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "frame_times", no_length)
+        index, problems = VideoIndex.build(tmp_path / "clips", tiny, tmp_path / "index")
+    assert not problems and index.search(tiny, ["a dog"])[0][0]["path"].endswith("a.mp4")
+
+def test_a_video_with_more_segments_than_frames_is_a_problem(tmp_path, tiny):
+    write_clip(tmp_path / "clips/a.mkv", 20, times=[*range(19), 100_000])
+    index, problems = VideoIndex.build(tmp_path / "clips", tiny, tmp_path / "index", segment=10.0)
+    assert not index.videos and "segments of 20 frames; its times are wrong" in problems[0]
+
 def overfitted(tmp_path):
     """A model that knows 12 clips of random pictures, and the clips."""
     clips, s = [], train.parse_settings([
