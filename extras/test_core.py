@@ -1026,6 +1026,13 @@ def test_fp16_skips_steps_that_overflow_and_resumes_to_the_same_bytes(data, monk
     train.main(["--resume", "a"])
     assert contents("a") == contents("whole")
 
+def test_fp16_clips_and_logs_the_gradient_without_its_scale(data):
+    for precision in ("fp32", "fp16"):
+        train.main([*SMALL, "--data", "clips.jsonl", "--epochs", "1", "--precision", precision,
+                    "--out", precision])
+    norms = [records(out)[0]["grad_norm"] for out in ("fp32", "fp16")]
+    assert norms[1] == pytest.approx(norms[0], rel=0.05)
+
 def test_gradients_that_no_scale_of_fp16_explains_are_divergence(data, monkeypatch, overflows):
     monkeypatch.setattr(Overflows, "limit", 0.0)
     with pytest.raises(InputError, match=r"gradient norm (nan|inf) in step 16; .*step-00000016.pt"):
