@@ -37,20 +37,20 @@ from video_colbert import (Config, InputError, VideoColBERT, mms_fv, read_settin
 # ---- Settings: the command line. Defaults are the paper's or, where illegible, DRL's recipe. -----
 @dataclass
 class Settings(Config):
-    data: str = "shapes"            # shapes (PRESETS change its defaults), msrvtt or FILE.jsonl
+    data: str = "shapes"            # shapes (has defaults of its own), msrvtt or FILE.jsonl
     root: str = ""                  # folder of the dataset; default data/NAME
     out: str = ""                   # folder of the run, must be new; default runs/NAME
     cache: str = "data/cache"       # folder of decoded frames, safe to delete
     epochs: int = 5                 # passes over all captions (Table 10 is illegible; DRL's)
-    batch_size: int = 128           # videos per step, over all processes together (likewise)
+    batch_size: int = 128           # videos per step, over all processes together (DRL's)
     captions_per_video: int = 1     # captions per video in a batch; the video is encoded once
-    micro_batch: int = 0            # videos that a process encodes at a time; 0 is all at once
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # of the encoders; see autocast
+    micro_batch: int = 0            # videos encoded at a time, per process, to save memory; 0: all
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16, else fp16; CPU: fp32
     lr_pretrained: float = 1e-7     # learning rate of the pre-trained encoders (5.2, Table 9)
     lr: float = 1e-4                # learning rate of everything new (section 5.2, Table 9)
-    weight_decay: float = 0.01      # Table 9; none on biases and norms, as in CLIP4Clip
+    weight_decay: float = 0.01      # of matrices, not of biases and norms (Table 9; CLIP4Clip)
     warmup: float = 0.1             # share of the steps with a rising learning rate (Table 9)
-    max_grad_norm: float = 1.0      # Table 9
+    max_grad_norm: float = 1.0      # gradients are clipped to this norm (Table 9)
     seed: int = 0                   # seed of the weights and of the order of the clips
     device: str = "auto"            # auto (cuda, mps or cpu), or any device that torch knows
     workers: int = 4                # threads that read batches ahead, one batch each
@@ -61,15 +61,15 @@ class Settings(Config):
     eval_only: str = ""             # evaluate the model of this run, on --data if it is given
     allow_missing: bool = False     # evaluate without the test clips that cannot be read
 
-PRESETS = {                                                       # applied from top to bottom
+PRESETS = {                                            # later ones win, and shapes implies tiny
     "infonce": dict(learn_scale=True, logit_scale=4.6052),        # section 4.3; CLIP's own scale
     "shapes": dict(backbone="tiny", num_frames=6, num_tokens=12, epochs=45, batch_size=64,
                    captions_per_video=2),
     "tiny": dict(lr_pretrained=1e-3, lr=2e-3, freeze=False, learn_scale=True, logit_scale=3.0,
                  logit_bias=-10.0)}                               # trained from scratch
 
-NEUTRAL = {"out", "cache", "device", "micro_batch", "workers", "checkpoint_every", "resume",
-           "allow_missing"}                                       # may change when a run resumes
+NEUTRAL = {"root", "out", "cache", "device", "micro_batch", "workers", "checkpoint_every",
+           "eval_every", "resume", "allow_missing"}               # may change when a run resumes
 
 def parse_settings(argv):
     """Command line -> Settings. What is typed wins over PRESETS, and these over the defaults. With
@@ -91,7 +91,7 @@ def parse_settings(argv):
     for name in ("loss", "data", "backbone") if not run else ():
         default = replace(default, **PRESETS.get(getattr(s, name), {}))
         s = parse(default=default)
-    least = dict(batch_size=WORLD, captions_per_video=1, checkpoint_every=1, workers=1)  # others 0
+    least = dict(batch_size=WORLD, captions_per_video=1, checkpoint_every=1, workers=1)  # else 0
     for name in {f.name for f in fields(Settings)} - {f.name for f in fields(Config)}:
         value = getattr(s, name)
         if type(value) in (int, float) and not least.get(name, 0) <= value < 2 ** 63:  # NaN too
@@ -115,7 +115,7 @@ def gather_lists(part):
     return sum(parts, [])
 
 def gather_features(x):
-    """All processes' rows in order of rank. A process's own have a gradient; these are added up."""
+    """All processes' rows in order of rank. Only its own have gradients, for sum_gradients."""
     if WORLD == 1:
         return x
     sizes = gather_lists([len(x)])
@@ -278,7 +278,7 @@ def load_frames(clips, s, size):                                  # uint8 (B, N,
     return torch.stack([cached_frames(clip, s.num_frames, size, s.cache) for clip in clips])
 
 def prefetch(function, items, threads):
-    """function(item) for each item in order, computed ahead by threads, one result per thread."""
+    """function(item) for each item in order, computed ahead in threads, at most one item each."""
     pool, waiting = ThreadPoolExecutor(threads), []
     try:
         for item in items:
@@ -297,7 +297,7 @@ def fill_cache(data, s, size):
         try:
             return cached_frames(clip, s.num_frames, size, s.cache, read=False)
         except InputError as error:
-            if not str(error).startswith(clip.path):              # the cache's disk is full, say
+            if not str(error).startswith(clip.path):              # not its fault: a full disk, say
                 raise
             return str(error)
     readable, pixels = {"train": [], "val": [], "test": []}, {}
@@ -381,7 +381,7 @@ def training_step(model, optimizer, scaler, s, ids, mask, frames, positives):
     then embed each part again and pass these on to the parameters."""
     count = len(frames.split(s.micro_batch)) if s.micro_batch else 1
     parts = list(zip(*(x.tensor_split(count) for x in (ids, mask, frames))))
-    model.train(count == 1)                               # dropout would differ in the second pass
+    model.train(count == 1)                      # no dropout: it would differ in the second pass
     with torch.set_grad_enabled(count == 1):
         Q, F, V = (torch.cat(x) for x in zip(*(encode(model, s, *part) for part in parts)))
     cached = [x.requires_grad_() for x in (Q, F, V)] if count > 1 else []
@@ -421,7 +421,7 @@ def train(model, data, s, device, out, data_id):
         if state["data"] != data_id:
             raise InputError(f"{out} was started with other clips or captions: start a new run")
         for name, part in parts.items():
-            part.load_state_dict(state.get(name) or part.state_dict())  # only fp16 has a scaler's
+            part.load_state_dict(state.get(name) or part.state_dict())  # only fp16 has a scaler
         skipped += state.get("skipped", [])
         torch.set_rng_state(state["rng"])
         first = state["step"]
@@ -460,7 +460,7 @@ def train(model, data, s, device, out, data_id):
                 save_checkpoint(out / "checkpoints", dict(
                     step=step + 1, log=log.tell(), data=data_id, rng=torch.get_rng_state(),
                     skipped=skipped, **{name: part.state_dict() for name, part in parts.items()}))
-            if stops or step + 1 == steps and any(gather_lists(signals)):  # while it was evaluated
+            if stops or step + 1 == steps and any(gather_lists(signals)):  # in evaluate
                 raise KeyboardInterrupt(f"stopped after step {step}; resume with --resume {out}")
     handle_signals(signal.default_int_handler)
 
@@ -494,7 +494,7 @@ def load_checkpoint(folder):
         checksum, _, data = path.read_bytes().partition(b"\n")
         if checksum == hashlib.sha256(data).hexdigest().encode():
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        print(f"{path} is damaged; using the one before it")
+        print(f"{path} is damaged; trying the one before it")
 
 # ---- Evaluation (section 5.3, Table 3) -----------------------------------------------------------
 @torch.no_grad()
@@ -560,7 +560,7 @@ def run(s, device):
         rows = result_rows(*evaluate(model, data["test"], s, device), model.config.interaction)
     except (InputError, torch.OutOfMemoryError) as error:
         if not isinstance(error, InputError):
-            total, now = torch.cuda.mem_get_info(device)[1], s.micro_batch or s.batch_size
+            total, now = torch.cuda.mem_get_info(device)[1], s.micro_batch or s.batch_size // WORLD
             error = (f"{device} has {total / 2 ** 30:.0f} GiB, too little for {now} of a batch of "
                      f"{s.batch_size} videos: use --resume {out} --micro-batch {now // 8 or 1}")
         last = max(out.glob("checkpoints/*.pt"), default="none")

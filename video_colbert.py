@@ -334,8 +334,8 @@ def write_file(path, *parts):
 SEEKABLE = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts", "flv")  # others have rough times
 
 def frame_times(path):
-    """-> sorted times of the frames in ticks, end of the last, seconds per tick, (pts, dts) of the
-    keyframes to seek to, None if ticks count frames for lack of times. Headers are unreliable."""
+    """-> times of the frames in ticks, sorted; the end of the last; seconds per tick; (pts, dts) of
+    the keyframes to seek to, or None if a file has no times: then ticks count its frames."""
     with av.open(str(path), metadata_errors="ignore") as container:
         stream = container.streams.best("video")
         if stream is None or stream.codec_context is None:
@@ -375,7 +375,7 @@ def sample_times(path, times, num_frames, start=0.0, end=None):
     return np.array(ticks)[np.searchsorted(ticks, middles, side="right") - 1]
 
 def frames_from(container, stream, pts, dts):
-    """Yield (time, frame) from a keyframe on. Packets of earlier times are dropped."""
+    """Yield (time, frame) from a keyframe on. Whatever comes before it is dropped."""
     with contextlib.suppress(av.FFmpegError):
         container.seek(dts, stream=stream)                        # or to some packet before it
     for packet in itertools.dropwhile(lambda packet: packet.pts != pts, container.demux(stream)):
@@ -385,12 +385,12 @@ def frames_from(container, stream, pts, dts):
 
 def frames_at(path, wanted, keys, size):
     """Yield the pixels on screen at each of the sorted ticks `wanted`, seeking to one of the `keys`
-    where that skips frames. A file that does not arrive there is decoded from its beginning."""
+    where that skips frames. If seeking misses it, the rest is decoded from the beginning."""
     with av.open(str(path), metadata_errors="ignore") as container:
         stream = container.streams.best("video")
         timed = enumerate(container.decode(stream)) if keys is None else (
             (frame.pts, frame) for frame in container.decode(stream) if frame.pts is not None)
-        shown, now, coming = None, -np.inf, None
+        shown, now, coming = None, -np.inf, None   # the frame on screen; time and frame to come
         for i, tick in enumerate(wanted):
             key = keys[max(0, bisect.bisect(keys, (tick, np.inf)) - 1)] if keys else None
             if key and key[0] > max(now, keys[0][0]):

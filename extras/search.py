@@ -6,10 +6,10 @@
 
 `index` encodes every video below a folder; run again, it encodes only what is new or has changed.
 `search` prints rank, score with its F and V parts, path and the time of the best frame. With
---segment, videos are indexed in overlapping parts of so many seconds, and `search` prints the time
-of the part instead. `explain` draws which frame each word picks. --model is a run's folder, or an
-open_clip name for a model that was never trained on video. Search is exact; to_lancedb and
-to_qdrant export an index to engines.
+--segment, videos are indexed in overlapping parts of that many seconds, and `search` prints the
+time of the part, or of neighbours joined. `explain` draws which frame each word picks. --model is
+a run's folder, or an open_clip name for a model that was never trained on video. Search is exact;
+to_lancedb and to_qdrant export an index to engines.
 """
 import argparse
 import functools
@@ -213,8 +213,8 @@ class VideoIndex:
                              f"{c.interaction} has none")
         stride = stride or segment / 2
         if not (0 <= segment < math.inf and 0 <= stride <= segment):
-            raise InputError(f"segment {segment}, stride {stride}: expected seconds, the stride at "
-                             "most the segment")
+            raise InputError(f"--segment {segment} --stride {stride}: expected seconds, the stride "
+                             "at most the segment")
         meta = dict(root=root, model=str(name), fingerprint=fingerprint(model), width=model.width,
                     num_frames=c.num_frames, visual_expansion=c.visual_expansion, segment=segment,
                     stride=stride, vectors="vectors-0.f16", videos=[])
@@ -270,7 +270,8 @@ class VideoIndex:
             seconds = max(0.001, round((end - ticks[0]) * tick, 3))
             count = segment_count(self.meta, seconds)
             if count > len(ticks):
-                problem = f"{path}: {count} segments of {len(ticks)} frames; its times are wrong"
+                problem = (f"{path}: {count} segments of {len(ticks)} frames; its times are wrong, "
+                           "or --segment or --stride is too short")
                 yield file, 0.0, path, problem, []
                 continue
             parts = [segment_span(self.meta, seconds, i) for i in range(count)]

@@ -397,7 +397,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(data, mon
     first, last = sorted((data / "a/checkpoints").iterdir())      # the last two are kept
     last.write_bytes(last.read_bytes()[:-1])
     train.main(["--resume", "a"])
-    assert "step-00000003.pt is damaged; using the one before it" in capsys.readouterr().out
+    assert "step-00000003.pt is damaged; trying the one before it" in capsys.readouterr().out
     assert contents("a") == contents("whole")
 
 def test_other_settings_or_clips_are_another_run(data, monkeypatch):
