@@ -380,7 +380,7 @@ def frames_from(container, stream, pts, dts):
         container.seek(dts, stream=stream)                        # or to some packet before it
     for packet in itertools.dropwhile(lambda packet: packet.pts != pts, container.demux(stream)):
         for frame in packet.decode():
-            if frame.pts is not None and frame.pts >= pts:
+            if frame.pts is not None:
                 yield frame.pts, frame
 
 def frames_at(path, wanted, keys, size):

@@ -296,9 +296,7 @@ class VideoIndex:
         try:
             for file, seconds, frames in prefetch(read, self.pieces(new, workers), workers):
                 if isinstance(frames, str) and file[0] not in problems:
-                    problems[file[0]] = frames
-                    rows = [row for row in rows if row[0] != file]
-                    encoded.pop(file[0], None)
+                    problems[file[0]] = frames                    # its vectors stay incomplete
                     bar.update()
                 elif file[0] not in problems:
                     rows += [(file, seconds, x) for x in frames]

@@ -205,7 +205,8 @@ def test_seeking_gives_the_pixels_of_decoding_from_the_beginning(tmp_path, monke
     assert ("seek" in calls and "again" not in calls) == seeks
 
 def test_seeking_decodes_only_from_the_keyframe_before_each_frame_on(tmp_path, monkeypatch):
-    """Frame 100 of 240 with a keyframe every 24 costs frames 96 to 101, not 0 to 101."""
+    """Frame 100 of 240 with a keyframe every 24 costs frames 96 to 101, not 0 to 101, and frames
+    100, 105 and 110 cost 96 to 111, not 96 three times."""
     write_moving_clip(tmp_path / "a.mp4", "libx264", FORMATS["closed.mp4"][1])
     frames_from, decoded = video_colbert.frames_from, []
     def noted(*args):
@@ -216,6 +217,9 @@ def test_seeking_decodes_only_from_the_keyframe_before_each_frame_on(tmp_path, m
     sample_frames(tmp_path / "a.mp4", 1, 16, start=4.01, end=4.02)
     ticks = video_colbert.frame_times(tmp_path / "a.mp4")[0]
     assert decoded == ticks[96:102]
+    decoded.clear()
+    sample_frames(tmp_path / "a.mp4", 3, 16, start=3.92, end=4.52)  # in the middle of 0.2 seconds
+    assert decoded == ticks[96:112]
 
 @pytest.mark.parametrize("content, message", [
     (b"", "Invalid data"), (b"hello", "Invalid data"), (None, "No such file")])

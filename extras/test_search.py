@@ -417,7 +417,7 @@ def test_overlapping_segments_are_one_hit(tmp_path, tiny, monkeypatch):
     for k in (1, 3, 8):
         hits, = index.search(tiny, ["a dog"], k)
         assert [(hit["path"], hit["start"], hit["end"]) for hit in hits] == want[:k]
-    monkeypatch.setattr(search, "MERGE", 0.5)
+    monkeypatch.setattr(search, "MERGE", 1.0)
     hits, = index.search(tiny, ["a dog"], 8)
     assert any(hit["end"] - hit["start"] > 3 for hit in hits)
     for a, b in itertools.combinations(hits, 2):
