@@ -503,7 +503,7 @@ def draw_interactions(rows, side=96):
     for title, words, frames, before, after in rows:
         first, then = before.argmax(1).tolist(), after.argmax(1).tolist()
         shown = sorted(range(len(frames)), key=lambda n: -(first + then).count(n))[:12]
-        label_height = 15 * max(picks.count(n) for picks in (first, then) for n in shown)
+        label_height = 10 + 16 * max(picks.count(n) for picks in (first, then) for n in shown)
         top = 34 + 21 * fill(title, width // 10).count("\n") + label_height
         strip = Image.new("RGB", (width, top + side + label_height), "white")
         draw = ImageDraw.Draw(strip)

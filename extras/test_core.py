@@ -289,6 +289,13 @@ def test_the_figure_puts_each_word_above_and_below_the_frame_it_picks():
     green, red = ink(image, 1), ink(image, 0)
     assert set(green[:, 1] // 96) == {1} and set(red[:, 1] // 96) == {3}
     assert green[:, 0].max() < red[:, 0].min()
+    words = ["dog"] * 6                                           # all are drawn, to the last line
+    image = draw_interactions([("", words, torch.zeros(4, 3, 64, 64, dtype=torch.uint8),
+                                *(sim.repeat(6, 1) for sim in picks))])
+    for channel in (1, 0):
+        rows = np.unique(ink(image, channel)[:, 0])
+        assert 0 < rows.min() and rows.max() < image.height - 2
+        assert np.count_nonzero(np.diff(rows) > 2) == 5
 
 def test_the_figure_wraps_its_title_and_shows_at_most_12_frames_those_that_words_picked():
     """Of 64 black frames the two that are picked are white; the last word of the title is drawn."""
