@@ -972,6 +972,15 @@ def test_a_batch_has_a_video_for_each_process(monkeypatch):
     with pytest.raises(InputError, match="--batch-size cannot be 2"):
         train.parse_settings(["--batch-size", "2"])
 
+def test_evaluation_encodes_no_more_videos_at_a_time_than_training(data, monkeypatch):
+    sizes, encode_video = [], VideoColBERT.encode_video
+    def noted(model, frames):
+        sizes.append(len(frames))
+        return encode_video(model, frames)
+    monkeypatch.setattr(VideoColBERT, "encode_video", noted)
+    train.main([*SMALL, "--data", "clips.jsonl", "--epochs", "0", "--micro-batch", "1"])
+    assert sizes == [1, 1]                                        # the test clips
+
 def test_out_of_memory_is_one_line_that_names_the_next_micro_batch(data, monkeypatch, capsys):
     flags = [*SMALL, "--data", "clips.jsonl", "--checkpoint-every", "1", "--out", "a"]
     calls, encode_video = itertools.count(), VideoColBERT.encode_video
