@@ -1,599 +1,896 @@
 """Train and evaluate Video-ColBERT.
 
-    python train.py                                      synthetic clips, minutes on two CPU cores
-    python train.py --data msrvtt --root /data/MSRVTT    the paper's main experiment, on a GPU
-    torchrun --nproc-per-node=4 train.py --data msrvtt   the same batch shared by four GPUs
-    python train.py --data clips.jsonl                   your own clips
-    python train.py --resume runs/msrvtt                 resumes a run, to the very same weights
+    python train.py                                     synthetic clips, minutes on a CPU
+    python train.py --data msrvtt --root FOLDER         the paper's main experiment
+    torchrun --nproc-per-node=4 train.py --data msrvtt  a batch shared by four GPUs
+    python train.py --data clips.jsonl                  your own clips
+    python train.py --resume runs/msrvtt                continue to the same weights
 """
+import argparse
+import contextlib
 import csv
-import functools
 import glob
 import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
+import tempfile
+import threading
+import zipfile
 import zlib
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
+import filelock
 import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
 from tqdm import tqdm
 
-from video_colbert import (Config, InputError, VideoColBERT, mms_fv, read_settings,
-                           result_rows, results_table, retrieval_metrics, sample_frames, write_file)
+from video_colbert import (
+    Config, InputError, VideoColBERT, VideoError, mms_fv, reciprocal_rank_fusion,
+    retrieval_metrics, sample_frames, video_to_text)
 
-# ---- Settings: the command line. Defaults are the paper's or, where illegible, DRL's recipe. -----
+# torchrun's number of this process, and of all processes.
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+
+# ---- Settings: the paper's or, where its Table 10 is illegible, DRL's
 @dataclass
 class Settings(Config):
-    data: str = "shapes"            # shapes (has defaults of its own), msrvtt or FILE.jsonl
-    root: str = ""                  # folder of the dataset; default data/NAME
-    out: str = ""                   # folder of the run, must be new; default runs/NAME
-    cache: str = "data/cache"       # folder of decoded frames, safe to delete
-    epochs: int = 5                 # passes over all captions (Table 10 is illegible; DRL's)
-    batch_size: int = 128           # videos per step, over all processes together (DRL's)
-    captions_per_video: int = 1     # captions per video in a batch; the video is encoded once
-    micro_batch: int = 0            # videos encoded at a time, per process, to save memory; 0: all
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: bf16, else fp16; CPU: fp32
-    lr_pretrained: float = 1e-7     # learning rate of the pre-trained encoders (5.2, Table 9)
-    lr: float = 1e-4                # learning rate of everything new (section 5.2, Table 9)
-    weight_decay: float = 0.01      # of matrices, not of biases and norms (Table 9; CLIP4Clip)
-    warmup: float = 0.1             # share of the steps with a rising learning rate (Table 9)
-    max_grad_norm: float = 1.0      # gradients are clipped to this norm (Table 9)
-    seed: int = 0                   # seed of the weights and of the order of the clips
-    device: str = "auto"            # auto (cuda, mps or cpu), or any device that torch knows
-    workers: int = 4                # threads that read batches ahead, one batch each
-    compile: bool = False           # torch.compile the encoders; for long runs on a GPU
-    checkpoint_every: int = 500     # steps between checkpoints; each epoch also ends with one
-    eval_every: int = 0             # log the test set's R@1 every so many epochs; 0 is never
-    resume: str = ""                # resume the run in this folder, with its settings
-    eval_only: str = ""             # evaluate the model of this run, on --data if it is given
-    allow_missing: bool = False     # evaluate without the test clips that cannot be read
+    data: str = "shapes"  # shapes (using a small preset), msrvtt or FILE.jsonl
+    root: str = ""  # folder of the dataset; default data/NAME
+    out: str = ""  # folder of the run, must be new; default runs/NAME
+    cache: str = "data/cache"  # folder of decoded frames, safe to delete
+    epochs: int = 5  # passes over all captions (DRL's)
+    batch_size: int = 128  # videos per step, over all processes together (DRL's)
+    captions_per_video: int = 1  # of a video in one batch; the video is encoded once
+    micro_batch: int = 0  # videos encoded at a time, to save memory; 0 is all
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: fp32 on a CPU
+    lr_pretrained: float = 1e-7  # learning rate of the pre-trained encoders (Table 9)
+    lr: float = 1e-4  # learning rate of everything new (Table 9)
+    weight_decay: float = 0.01  # AdamW's, not of biases and norms (Table 9)
+    warmup: float = 0.1  # share of the steps with a rising learning rate (Table 9)
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0 turns it off (Table 9)
+    seed: int = 0  # of the weights and of the order of the clips
+    device: str = "auto"  # auto (cuda, mps or cpu), or any device that torch knows
+    workers: int = 4  # threads that read batches ahead
+    compile: bool = False  # torch.compile the encoders; for long runs on a GPU
+    checkpoint_every: int = 2000  # steps; each epoch also ends with a checkpoint
+    eval_every: int = 0  # evaluate on the test set every so many epochs; 0 is never
+    resume: str = ""  # continue the run in this folder, with its settings
+    eval_only: str = ""  # evaluate the model of this run, on --data if it is given
+    allow_missing: bool = False  # leave out clips that cannot be read
 
-PRESETS = {                                            # later ones win, and shapes implies tiny
-    "infonce": dict(learn_scale=True, logit_scale=4.6052),        # section 4.3; CLIP's own scale
-    "shapes": dict(backbone="tiny", num_frames=6, num_tokens=12, epochs=45, batch_size=64,
-                   captions_per_video=2),
-    "tiny": dict(lr_pretrained=1e-3, lr=2e-3, freeze=False, learn_scale=True, logit_scale=3.0,
-                 logit_bias=-10.0)}                               # trained from scratch
+# What may be given beside --resume. Other data must hold the same clips.
+MAY_CHANGE = {"data", "root", "out", "cache", "device", "micro_batch", "workers",
+              "checkpoint_every", "eval_every", "resume", "allow_missing"}
 
-NEUTRAL = {"root", "out", "cache", "device", "micro_batch", "workers", "checkpoint_every",
-           "eval_every", "resume", "allow_missing"}               # may change when a run resumes
-
-def parse_settings(argv):
-    """Command line -> Settings. What is typed wins over PRESETS, and these over the defaults. With
-    --resume or --eval-only the settings of that run replace both."""
-    parse = functools.partial(tyro.cli, Settings, args=argv, description=__doc__.partition("\n")[0])
-    s = parse(default=Settings())
-    run, default = s.resume or s.eval_only, Settings()
-    if s.resume and (s.out or s.eval_only):
-        raise InputError("--resume takes neither --out nor --eval-only")
-    if run:
-        saved = replace(read_settings(Settings, f"{run}/settings.json"), out="", resume="")
-        s = parse(default=saved)
-        if s.data != saved.data:
-            s = parse(default=replace(saved, data=s.data, root=""))
-        for name in {f.name for f in fields(Config if s.eval_only else Settings)} - NEUTRAL:
-            if getattr(s, name) != getattr(saved, name):
-                raise InputError(f"{run} was started with {name} {getattr(saved, name)}: keep that")
-        s.epochs = 0 if s.eval_only else s.epochs
-    for name in ("loss", "data", "backbone") if not run else ():
-        default = replace(default, **PRESETS.get(getattr(s, name), {}))
-        s = parse(default=default)
-    least = dict(batch_size=WORLD, captions_per_video=1, checkpoint_every=1, workers=1)  # else 0
-    for name in {f.name for f in fields(Settings)} - {f.name for f in fields(Config)}:
-        value = getattr(s, name)
-        if type(value) in (int, float) and not least.get(name, 0) <= value < 2 ** 63:  # NaN too
-            raise InputError(f"--{name.replace('_', '-')} cannot be {value}")
-    if s.out and os.path.exists(s.out):
-        raise InputError(f"--out {s.out} exists already: give a new folder, or --resume {s.out}")
+def default_settings(data="", backbone="", loss=""):
+    """The paper's settings, and what differs for these data, backbone and loss."""
+    s = Settings(data=data or "shapes", loss=loss or "sigmoid")
+    if s.data == "shapes":
+        s = replace(s, backbone="tiny", num_frames=6, num_tokens=12, epochs=30,
+                    batch_size=64, captions_per_video=2)
+    if backbone:
+        s = replace(s, backbone=backbone)
+    if s.loss == "infonce":
+        # CLIP's own scale, learned (section 4.3).
+        s = replace(s, learn_scale=True, logit_scale=4.6052)
+    if s.backbone == "tiny":
+        # Trained from scratch: the loss finds its scale and bias from here.
+        s = replace(s, lr_pretrained=1e-3, lr=2e-3, freeze=False, learn_scale=True,
+                    logit_scale=3.0, logit_bias=-10.0)
     return s
 
-# ---- Several processes (torchrun): each encodes its slice of a batch, all see the whole loss. ----
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+def parse_settings(argv):
+    """Command line -> Settings. Flags that are not typed keep the values of the run to
+    resume or to evaluate; without one, default_settings has them."""
+    # First only the flags on which the defaults of the others depend.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--data", "--backbone", "--loss", "--resume"):
+        first.add_argument(flag, default="")
+    first.add_argument("--eval-only", "--eval_only", default="")
+    typed, _ = first.parse_known_args(argv)
+    # Flags without a value, such as --freeze, have a second form, --no-freeze.
+    words = " ".join(argv).replace("=", " ").split()
+    for flag, value in zip(words, words[1:]):
+        if flag.startswith("--") and value in ("True", "False"):
+            raise InputError(f"{flag} {value}: write {flag} or --no-{flag[2:]}")
 
-def rank_slice(items, rank=RANK):
-    """The part of a list that a process, by default this one, works on."""
-    return items[len(items) * rank // WORLD:len(items) * (rank + 1) // WORLD]
+    if typed.resume and typed.eval_only:
+        raise InputError("--resume and --eval-only exclude each other")
+    run = typed.resume or typed.eval_only
+    if run:
+        saved = default = read_settings(run)
+        if typed.data and typed.data != saved.data:
+            default = replace(saved, root="")  # other data have another folder
+    else:
+        default = default_settings(typed.data, typed.backbone, typed.loss)
+    description = "Train and evaluate Video-ColBERT."
+    s = tyro.cli(Settings, args=argv, default=default, description=description)
 
-def gather_lists(part):
-    """All processes' lists, joined in order of rank."""
-    parts = [part] * WORLD
-    if WORLD > 1:
-        dist.all_gather_object(parts, part)
-    return sum(parts, [])
+    check_settings(s)
+    if run:
+        # An evaluation keeps the model of its run, a resumed run keeps nearly all.
+        kept = fields(Settings) if s.resume else fields(Config)
+        for name in {field.name for field in kept} - MAY_CHANGE:
+            if getattr(s, name) != getattr(saved, name):
+                raise InputError(f"cannot change {name} of {run}: {getattr(saved, name)}")
+    return s
 
-def gather_features(x):
-    """All processes' rows in order of rank. Only its own have gradients, for sum_gradients."""
-    if WORLD == 1:
-        return x
-    sizes = gather_lists([len(x)])
-    parts = [x.new_zeros(max(sizes), *x.shape[1:]) for _ in sizes]  # collectives want equal shapes
-    dist.all_gather(parts, torch.cat([x.detach(), x.new_zeros(max(sizes) - len(x), *x.shape[1:])]))
-    return torch.cat([x if r == RANK else parts[r][:size] for r, size in enumerate(sizes)])
+def check_settings(s):
+    """Raise InputError for numbers that make no sense, NaN among them."""
+    lowest = dict(logit_scale=-100, logit_bias=-1e6, batch_size=1, workers=1,
+                  captions_per_video=1, checkpoint_every=1)
+    for name, value in asdict(s).items():
+        if isinstance(value, (int, float)):
+            if not lowest.get(name, 0) <= value < 2 ** 63:
+                raise InputError(f"--{name.replace('_', '-')} cannot be {value}")
+    if s.warmup > 1:
+        raise InputError(f"--warmup is a share of the steps, 0 to 1, not {s.warmup}")
+    if s.batch_size % WORLD:
+        raise InputError(f"--batch-size must be a multiple of {WORLD} processes")
+    if s.resume and s.out:
+        raise InputError("--resume takes no --out: a run stays in its folder")
 
-def sum_gradients(model):
-    """Add up all processes' gradients. Those of the loss's scale and bias are equal: averaged."""
-    named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
-    flat = torch.cat([(g / WORLD if "logit_" in name else g).flatten() for name, g in named])
-    dist.all_reduce(flat)
-    torch.nn.utils.vector_to_parameters(flat, [grad for _, grad in named])
+def read_settings(run):
+    """The settings of a run. Those that are missing, in older runs, get the default."""
+    with user_errors(f"{run}/settings.json"):
+        settings = json.loads(Path(run, "settings.json").read_text())
+        # --out and --resume were of that one command.
+        return replace(Settings(**settings), out="", resume="")
 
-# ---- Clips ---------------------------------------------------------------------------------------
-class Clip(NamedTuple):
-    path: str
-    captions: list                                                # of str
-    start: float = 0.0                                            # seconds
-    end: float | None = None                                 # seconds; None is the end of the video
+BAD_DATA = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
-MSRVTT_GET = """
-  curl -L -C - -O https://www.robots.ox.ac.uk/~maxbain/frozen-in-time/data/MSRVTT.zip
-  curl -L -C - -O https://github.com/ArrowLuo/CLIP4Clip/releases/download/v0.0/msrvtt_data.zip
-  unzip MSRVTT.zip && unzip msrvtt_data.zip"""
-
-def find_files(root, pattern):
-    """Files in or below a folder whose name matches, sorted. Links to folders are followed."""
-    return sorted(glob.glob(f"{glob.escape(str(root))}/**/{pattern}", recursive=True))
-
-def read_file(path, parse):
-    """What `parse`, a library's function, makes of an open text file. Raises InputError."""
+@contextlib.contextmanager
+def user_errors(source, kinds=BAD_DATA):
+    """What is wrong with a file, a disk or data becomes one line that names it."""
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            return parse(file)
-    except (OSError, ValueError, RecursionError, csv.Error) as error:
-        raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+        yield
+    except InputError:
+        raise
+    except kinds as error:
+        reason = getattr(error, "strerror", None) or error
+        if isinstance(error, LookupError):
+            reason = f"no {error}"  # such as: no 'video'
+        raise InputError(f"{source}: {reason}") from None
 
-def get_field(record, name):
-    """record[name] of JSON that may be anything, or None."""
-    return record.get(name) if isinstance(record, dict) else None
+# ---- Clips
+@dataclass(frozen=True)
+class Clip:
+    path: str
+    captions: list  # of strings
+    start: float = 0.0  # seconds
+    end: float | None = None  # seconds; None is the end of the video
 
-def validate_clips(pairs):
-    """Pairs of a clip and its file (and line) -> the clips. InputError if one makes no sense."""
-    def is_text(x):                                               # not blank, and valid Unicode
-        return isinstance(x, str) and x.strip() and x.encode(errors="replace").decode() == x
+    def __post_init__(self):
+        captions = self.captions if isinstance(self.captions, list) else []
+        if not captions or not all(isinstance(x, str) and x.strip() for x in captions):
+            raise ValueError("expected a list of captions that are not blank")
+        " ".join(captions).encode()  # refuses broken Unicode, such as "\\ud800" in JSON
+        end = math.inf if self.end is None else self.end
+        are_numbers = {type(self.start), type(end)} <= {int, float}
+        if not are_numbers or not 0 <= self.start < end:
+            raise ValueError("expected 0 <= start < end in seconds")
+
+def load_clips(s):
+    """-> {"train": [clips], "val": ..., "test": ...}, without opening a video."""
+    root = s.root or f"data/{s.data}"
+    file = s.data
+    if s.data == "shapes":
+        from extras.shapes import write_shapes
+        with user_errors(root, OSError):
+            write_shapes(root)  # does nothing if they are there
+        file = f"{root}/clips.jsonl"
+    if s.data == "msrvtt":
+        records = msrvtt_records(root)
+    elif file.endswith(".jsonl"):
+        records = json_records(file)
+    else:
+        raise InputError(f"--data is shapes, msrvtt or FILE.jsonl, not {file}")
+
+    data = {"train": [], "val": [], "test": []}
     seen = set()
-    for clip, source in pairs:
-        captions = clip.captions if isinstance(clip.captions, list) else []
-        start, end = clip.start, np.inf if clip.end is None else clip.end
-        numbers, key = {type(start), type(end)} <= {int, float}, str((clip.path, start, end))
-        for expected, is_met in (
-                ("the path of a video", is_text(clip.path) and "\0" not in clip.path),
-                ("a list of captions that are not blank", captions and all(map(is_text, captions))),
-                ("0 <= start < end in seconds", numbers and 0 <= start < end and start < 1e9),
-                ("each clip only once", key not in seen)):
-            if not is_met:
-                raise InputError(f"{source}: expected {expected}, got {str(clip)[:200]}")
-        seen.add(key)
-    return [clip for clip, _ in pairs]
+    for source, split, record in records:
+        with user_errors(source):
+            clip = Clip(**record)
+            key = (split, os.path.realpath(clip.path), clip.start, clip.end)
+            if split not in data:
+                raise ValueError("expected a split of train, val or test")
+            if key in seen:
+                raise ValueError("expected each clip only once")
+            seen.add(key)
+            data[split].append(clip)
+    return data
 
-def load_msrvtt(root):
-    """9k training and 1k-A test clips (section 5.1) from files anywhere below a folder."""
-    find = functools.partial(find_files, root)
-    videos = {Path(path).stem: path for path in find("*.mp4")}
-    annotations = (find("MSRVTT_data.json")[:1] or find("MSR_VTT.json")[:1]  # CLIP4Clip, Frozen in
-                   or find("*_videodatainfo.json"))               # Time, the official challenge
-    test_csv, train_csv = find("MSRVTT_JSFUSION_test.csv"), find("MSRVTT_train.9k.csv")
-    for what, found in (("videos", videos), ("captions", annotations), ("test split", test_csv)):
-        if not found:
-            raise InputError(f"no {what} of MSR-VTT in {root}: use --root or run there{MSRVTT_GET}")
-    captions = {}
-    for file in annotations:
-        content = read_file(file, json.load)
-        sentences = get_field(content, "sentences") or get_field(content, "annotations")
-        if not isinstance(sentences, list):
-            raise InputError(f"{file}: expected a list of sentences or annotations")
-        for sentence in sentences:
-            video = get_field(sentence, "video_id") or get_field(sentence, "image_id")
-            captions.setdefault(str(video), []).append(get_field(sentence, "caption"))
-    def clips(file, names, texts):
-        paths = [videos.get(name) or name and f"{root}/{name}.mp4" for name in names]
-        return validate_clips([(Clip(*pair), file) for pair in zip(paths, texts)])
-    rows = read_file(test_csv[0], lambda file: list(csv.DictReader(file)))
-    tested = [row.get("video_id") for row in rows]
-    test = clips(test_csv[0], tested, [[row.get("sentence")] for row in rows])
-    names = [name for name in captions if name not in set(tested)]  # all but the test
-    if train_csv:
-        rows = read_file(train_csv[0], lambda file: list(csv.DictReader(file)))
-        names = [row.get("video_id") for row in rows]
-    train = clips((train_csv or annotations)[0], names, [captions.get(name) for name in names])
-    return {"train": train, "val": [], "test": test}
-
-def load_json_lines(path):
-    """Lines {"video": path, "captions": [...], "split": "train", "val" or "test"}, and "start" and
-    "end" in seconds for a part of a video. Paths are absolute or relative to the file."""
-    clips = {"train": [], "val": [], "test": []}
-    for number, line in enumerate(read_file(path, list), 1):
+def json_records(path):
+    """Lines {"video": path, "captions": [...], "split": "train", "val" or "test"}, and
+    perhaps "start" and "end" in seconds. Paths are absolute or relative to the file."""
+    lines = read_file(path, list)
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         source = f"{path}, line {number}"
-        try:
+        with user_errors(source):
             record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{source}: {error}") from None
-        video, split = get_field(record, "video"), get_field(record, "split")
-        if split not in list(clips):
-            raise InputError(f"{source}: expected a split of train, val or test")
-        if isinstance(video, str):
-            video = os.path.normpath(os.path.join(os.path.dirname(path), video))
-        clip = Clip(video, record.get("captions"), record.get("start", 0.0), record.get("end"))
-        clips[split].append((clip, source))
-    return {split: validate_clips(pairs) for split, pairs in clips.items()}
+            if not isinstance(record, dict) or not isinstance(record.get("video"), str):
+                raise ValueError('expected {"video": path, ...}')
+            record["path"] = os.path.join(os.path.dirname(path), record.pop("video"))
+            split = record.pop("split")
+        yield source, split, record  # keys as in Clip
 
-def load_clips(s):
-    """--data and --root -> {"train": [clips], "val": ..., "test": ...}, without opening a video."""
-    root, file = s.root or f"data/{s.data}", s.data
-    if s.data == "msrvtt":
-        return load_msrvtt(root)
-    if s.data == "shapes":
-        from extras.shapes import write_shapes
-        file = f"{root}/clips.jsonl"
-        write_shapes(root)                                        # unless they are there
-    if not file.endswith(".jsonl"):
-        raise InputError(f"--data is shapes, msrvtt or a file that ends in .jsonl, not {file}")
-    return load_json_lines(file)
+MSRVTT_HELP = """
+  curl -L -C - -O https://www.robots.ox.ac.uk/~maxbain/frozen-in-time/data/MSRVTT.zip
+  curl -L -C - -O https://github.com/ArrowLuo/CLIP4Clip/releases/download/v0.0/msrvtt_data.zip
+  unzip MSRVTT.zip && unzip msrvtt_data.zip
+For another copy: python -m extras.datasets msrvtt FOLDER"""
+
+def msrvtt_records(root):
+    """9k training and 1k-A test clips (section 5.1) of CLIP4Clip's copy: three files of
+    annotation and the videos, anywhere below a folder."""
+    data_files = find_files(root, "MSRVTT_data.json")
+    train_files = find_files(root, "MSRVTT_train.9k.csv")
+    test_files = find_files(root, "MSRVTT_JSFUSION_test.csv")
+    videos = {Path(path).stem: path for path in find_files(root, "*.mp4")}
+    if not (data_files and train_files and test_files and videos):
+        raise InputError(f"no MSR-VTT in {root}: use --root FOLDER{MSRVTT_HELP}")
+
+    captions = {}
+    annotation = read_file(data_files[0], json.load)
+    with user_errors(data_files[0]):
+        for sentence in annotation["sentences"]:
+            captions.setdefault(sentence["video_id"], []).append(sentence["caption"])
+    for row in read_file(train_files[0], read_rows):
+        with user_errors(train_files[0]):
+            video = row["video_id"]
+            record = dict(path=videos.get(video, video), captions=captions[video])
+        yield train_files[0], "train", record
+    for row in read_file(test_files[0], read_rows):
+        with user_errors(test_files[0]):
+            video = row["video_id"]
+            record = dict(path=videos.get(video, video), captions=[row["sentence"]])
+        yield test_files[0], "test", record
+
+def read_rows(file):
+    return list(csv.DictReader(file))
+
+def find_files(root, pattern):
+    """Files in or below a folder whose name matches, sorted. Links are followed."""
+    return sorted(glob.glob(f"{glob.escape(str(root))}/**/{pattern}", recursive=True))
+
+def read_file(path, parse):
+    """What `parse`, a library's function, makes of a text file. Raises InputError."""
+    with user_errors(path), open(path, encoding="utf-8-sig", newline="") as file:
+        return parse(file)
+
+def file_id(path):
+    """Size and checksum of the first 64 KB of a file; None if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return os.fstat(file.fileno()).st_size, zlib.crc32(file.read(2 ** 16))
+    except OSError:
+        return None
 
 def data_hash(data):
-    """A hash of the captions, the clips, and which video files exist."""
-    clips = [(os.path.basename(clip.path), *clip[1:], os.path.exists(clip.path))
-             for split in ("train", "val", "test") for clip in data[split]]
+    """A hash of captions, clips and video files, by which a run recognizes its data."""
+    clips = [(split, os.path.basename(clip.path), file_id(clip.path), clip.captions,
+              clip.start, clip.end) for split in data for clip in data[split]]
     return hashlib.sha256(json.dumps(clips).encode()).hexdigest()
 
-# ---- Frames and batches: each clip is decoded once, into a file of the cache ---------------------
-CACHE_VERSION = 1                                   # raise it when sample_frames gives other pixels
+# ---- Frames: each clip is decoded once, into a file of the cache
+CACHE_VERSION = 2  # increase it when sample_frames gives other pixels
 
-def cached_frames(clip, num_frames, size, cache, read=True):
-    """sample_frames of a clip through the cache; without `read`, only the pixels' checksum."""
-    try:
-        with open(clip.path, "rb") as video:
-            status, head = os.fstat(video.fileno()), zlib.crc32(video.read(2 ** 16))
-    except OSError as error:
-        raise InputError(f"{clip.path}: {error.strerror}") from None
-    key = [CACHE_VERSION, os.path.abspath(clip.path), status.st_size, status.st_mtime_ns, head,
-           clip.start, clip.end, num_frames, size]
-    file = Path(cache, hashlib.sha1(json.dumps(key).encode()).hexdigest())
-    length = num_frames * 3 * size ** 2
-    if file.exists() and file.stat().st_size == length + 4:
-        if not read:
-            return np.fromfile(file, np.uint8, offset=length).tobytes()
-        pixels, checksum = np.split(np.fromfile(file, np.uint8), [length])
-        if checksum.tobytes() == zlib.crc32(pixels).to_bytes(4, "big"):
-            return torch.from_numpy(pixels).view(num_frames, 3, size, size)
+def cached_frames(clip, num_frames, size, cache):
+    """sample_frames of a clip through the cache: uint8 (N, 3, size, size)."""
+    key = [CACHE_VERSION, os.path.abspath(clip.path), file_id(clip.path), clip.start,
+           clip.end, num_frames, size]
+    with contextlib.suppress(OSError):
+        key.append(os.stat(clip.path).st_mtime_ns)
+    path = Path(cache, hashlib.sha1(json.dumps(key).encode()).hexdigest())
+    shape = (num_frames, 3, size, size)
+
+    # Four bytes of checksum come last. A file that is cut or damaged is written again.
+    with contextlib.suppress(OSError):
+        content = np.fromfile(path, np.uint8)
+        pixels, checksum = content[:-4], content[-4:].tobytes()
+        if len(pixels) == math.prod(shape) and checksum == crc_bytes(pixels):
+            return torch.from_numpy(pixels).view(shape)
+
     frames = sample_frames(clip.path, num_frames, size, clip.start, clip.end)
-    checksum = zlib.crc32(frames.numpy()).to_bytes(4, "big")
-    write_file(file, frames.numpy(), checksum)
-    return frames if read else checksum
+    with atomic_write(path) as file:
+        file.write(frames.numpy())
+        file.write(crc_bytes(frames.numpy()))
+    return frames
 
-def load_frames(clips, s, size):                                  # uint8 (B, N, 3, S, S)
-    return torch.stack([cached_frames(clip, s.num_frames, size, s.cache) for clip in clips])
+def crc_bytes(pixels):
+    return zlib.crc32(pixels).to_bytes(4, "big")
+
+def load_frames(clips, s, size):
+    """-> uint8 (B, N, 3, size, size), in pinned memory if there is a GPU."""
+    frames = torch.empty(len(clips), s.num_frames, 3, size, size, dtype=torch.uint8,
+                         pin_memory=torch.cuda.is_available())
+    for row, clip in zip(frames, clips):
+        row.copy_(cached_frames(clip, s.num_frames, size, s.cache))
+    return frames
+
+def fill_cache(clips, split, s, size):
+    """Decode what the cache lacks -> those of a split's clips that can be read."""
+    mine = rank_slice(clips)
+    check = partial(is_readable, s=s, size=size)
+    threads = max(s.workers, torch.get_num_threads())
+    results = prefetch(check, mine, threads)
+    bar = tqdm(results, desc=split, total=len(mine), disable=RANK > 0)
+    found = gather_lists(list(bar))
+    readable = [clip for clip, is_found in zip(clips, found) if is_found]
+
+    missing = len(clips) - len(readable)
+    if missing and not s.allow_missing:
+        raise InputError(f"{missing} of {len(clips)} {split} clips cannot be read; "
+                         "--allow-missing leaves such clips out")
+    if clips and not readable:
+        raise InputError(f"none of the {missing} {split} clips can be read")
+    return readable
+
+def is_readable(clip, s, size):
+    try:
+        cached_frames(clip, s.num_frames, size, s.cache)
+        return True
+    except VideoError as error:
+        tqdm.write(f"cannot read {error}")
+        return False
 
 def prefetch(function, items, threads):
-    """function(item) for each item in order, computed ahead in threads, at most one item each."""
-    pool, waiting = ThreadPoolExecutor(threads), []
+    """function(item) for each item in order, computed ahead, one item in each thread."""
+    pool, waiting = ThreadPoolExecutor(threads), deque()
     try:
         for item in items:
             waiting.append(pool.submit(function, item))
             if len(waiting) > threads:
-                yield waiting.pop(0).result()
+                yield waiting.popleft().result()
         while waiting:
-            yield waiting.pop(0).result()
+            yield waiting.popleft().result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
-def fill_cache(data, s, size):
-    """Decode what the cache lacks -> the clips of `data` that can be read, the number of test clips
-    that cannot, {split: checksum of pixels}. Raises InputError if too many cannot be read."""
-    def check(clip):
-        try:
-            return cached_frames(clip, s.num_frames, size, s.cache, read=False)
-        except InputError as error:
-            if not str(error).startswith(clip.path):              # not its fault: a full disk, say
-                raise
-            return str(error)
-    readable, pixels = {"train": [], "val": [], "test": []}, {}
-    cores = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    for split in readable if s.epochs else ("test",):
-        clips, mine = data[split], rank_slice(data[split])
-        bar = tqdm(prefetch(check, mine, cores), split, len(mine), disable=RANK or not mine)
-        found = gather_lists(list(bar))
-        readable[split] = [clip for clip, x in zip(clips, found) if isinstance(x, bytes)]
-        pixels[split] = zlib.crc32(b"".join(x for x in found if isinstance(x, bytes)))
-        problems = [x for x in found if isinstance(x, str)]
-        if RANK == 0 and problems:
-            print(f"{split} clips that cannot be read:", *problems, sep="\n  ", flush=True)
-        allowed = len(clips) * (s.allow_missing if split == "test" else 0.01)
-        if len(problems) > allowed or split != "val" and not readable[split]:
-            raise InputError(f"{len(problems)} of {len(clips)} {split} clips cannot be read, see "
-                             "--allow-missing, which is for test clips")
-    return readable, len(problems), pixels                    # the problems of test, the last split
-
+# ---- Batches
 def epoch_examples(clips, s, epoch):
-    """(index of a clip, [indices of its captions]) in random order; each caption is there once."""
-    rng, k, examples = np.random.default_rng([s.seed, epoch]), s.captions_per_video, []
+    """(index of a clip, [indices of k of its captions]) in random order. Each caption is
+    in one example; if their number is no multiple of k, the first are there twice."""
+    rng = np.random.default_rng([s.seed, epoch])
+    k = s.captions_per_video
+    examples = []
     for v, clip in enumerate(clips):
-        order = rng.permutation(len(clip.captions)).tolist()
-        examples += [(v, order[i:i + k]) for i in range(0, len(order), k)]
+        order = rng.permutation(len(clip.captions))
+        count = math.ceil(len(order) / k)
+        rows = np.resize(order, (count, k))  # NumPy's resize repeats what is missing
+        examples += [(v, row) for row in rows.tolist()]
     return [examples[i] for i in rng.permutation(len(examples))]
 
 def batches(clips, s):
-    """All batches of a run in order, without an epoch's last one if it is incomplete."""
+    """All batches of a run, without an epoch's last one if it is incomplete."""
     for epoch in range(s.epochs):
         examples = epoch_examples(clips, s, epoch)
         for i in range(0, len(examples) - s.batch_size + 1, s.batch_size):
             yield examples[i:i + s.batch_size]
 
-def positive_pairs(clips, batch):
-    """Which of a batch's A captions belong to which of its B videos -> bool (A, B): those of the
-    same video, and those that are the very same text as one of its captions."""
-    videos = np.array([v for v, _ in batch])                      # (B,)
-    owner = np.repeat(videos, [len(chosen) for _, chosen in batch])  # (A,)
-    text = np.array([clips[v].captions[c] for v, chosen in batch for c in chosen])  # (A,)
-    same_text = (text[:, None] == text).astype(np.float32)        # (A, A)
-    return torch.from_numpy(same_text @ (owner[:, None] == videos) > 0)
+def load_batch(batch, clips, s, model):
+    """-> ids, mask and frames of this process's part, positives of the whole batch."""
+    mine = rank_slice(batch)
+    captions = [clips[v].captions[c] for v, chosen in mine for c in chosen]
+    ids, mask = model.tokenize(captions)
+    frames = load_frames([clips[v] for v, _ in mine], s, model.image_size)
+    return ids, mask, frames, positive_pairs(clips, batch)
 
-# ---- Optimiser (section 5.2, Table 9) ------------------------------------------------------------
+def positive_pairs(clips, batch):
+    """Which of a batch's A captions belong to which of its B videos -> bool (A, B): a
+    video's own, and captions of others that have the same text as one of its own."""
+    videos = np.array([v for v, _ in batch])  # (B,)
+    owner = np.repeat(videos, [len(chosen) for _, chosen in batch])  # (A,)
+    captions = [clips[v].captions[c] for v, chosen in batch for c in chosen]
+    text = np.array(captions)  # (A,)
+    same_text = (text[:, None] == text).astype(np.float32)  # (A, A)
+    same_video = (owner[:, None] == videos).astype(np.float32)  # (A, B)
+    # The product counts the captions of a video that have the same text.
+    return torch.from_numpy(same_text @ same_video > 0)
+
+# ---- Optimizer (section 5.2, Table 9)
 def make_optimizer(model, s):
-    """Adam with decoupled weight decay, in groups of pre-trained and new parameters and of the
-    loss's scale and bias. One-dimensional parameters do not decay, as in CLIP4Clip."""
-    lr = dict(pretrained=s.lr_pretrained, new=s.lr, scale=10 * s.lr)  # scale, bias have far to go
+    """AdamW, in groups of pre-trained parameters, new ones, and the loss's scale and bias.
+    Biases and norms, which have one dimension, do not decay."""
+    # Trained from scratch, scale and bias start far from their final values.
+    scale = 10 * s.lr if s.backbone == "tiny" else s.lr_pretrained
+    lr = dict(pretrained=s.lr_pretrained, new=s.lr, scale=scale)
     groups = {}
     for name, p in model.named_parameters():
-        kind = "scale" if "logit_" in name else "pretrained" if name.startswith("clip.") else "new"
+        kind = "pretrained" if name.startswith("backbone.") else "new"
+        if name.startswith("logit_"):
+            kind = "scale"
         decay = s.weight_decay if p.ndim > 1 else 0.0
-        group = dict(params=[], name=kind, peak_lr=lr[kind], weight_decay=decay)
         if p.requires_grad:
-            groups.setdefault((kind, decay), group)["params"].append(p)
-    return torch.optim.AdamW(list(groups.values()), betas=(0.9, 0.98), eps=1e-6, fused=True)
+            groups.setdefault((kind, decay), []).append(p)
+    groups = [dict(params=params, name=kind, peak_lr=lr[kind], weight_decay=decay)
+              for (kind, decay), params in groups.items()]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 def schedule(step, steps, warmup):
-    """Factor of the learning rate: a linear rise over the share `warmup`, then a linear fall."""
+    """Factor of the learning rate: a linear rise for the share `warmup`, then a fall."""
     rise = max(1, round(warmup * steps))
-    return (step + 1) / rise if step < rise else (steps - step) / max(1, steps - rise)
+    if step < rise:
+        return (step + 1) / rise
+    return (steps - step) / (steps - rise)
 
-# ---- Training ------------------------------------------------------------------------------------
-def autocast(device, precision="auto"):
-    """Precision of the encoders. auto: bf16 on GPUs that have it, fp16 on others, else fp32."""
-    if precision == "auto":
-        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bf16" if native else "fp16" if device.type == "cuda" else "fp32"
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
-
-def encode(model, s, ids, mask, frames):                          # Q, F, V
-    with autocast(frames.device, s.precision):
-        return model.encode_query(ids, mask), *model.encode_video(frames)
-
+# ---- Training step
 def training_step(model, optimizer, scaler, s, ids, mask, frames, positives):
-    """One step on this process's queries and videos -> (5,): loss, mean MMS_F and MMS_V of the true
-    pairs, gradient norm, scale of fp16. `positives` (A, B) is the whole batch's.
-    --micro-batch is GradCache (Gao et al. 2021), a whole batch's gradient with the activations of a
-    few videos: embed part by part without gradient, let the loss give the embeddings' gradients,
-    then embed each part again and pass these on to the parameters."""
-    count = len(frames.split(s.micro_batch)) if s.micro_batch else 1
-    parts = list(zip(*(x.tensor_split(count) for x in (ids, mask, frames))))
-    model.train(count == 1)                      # no dropout: it would differ in the second pass
-    with torch.set_grad_enabled(count == 1):
-        Q, F, V = (torch.cat(x) for x in zip(*(encode(model, s, *part) for part in parts)))
-    cached = [x.requires_grad_() for x in (Q, F, V)] if count > 1 else []
-    Q, mask, F, V = (gather_features(x) for x in (Q, mask, F, V))
-    loss, sim_F, sim_V = model.loss(Q, mask, F, V, positives)
-    scaler.scale(loss).backward()
-    if count > 1:
-        for part, *grads in zip(parts, *(x.grad.tensor_split(count) for x in cached)):
-            torch.autograd.backward(encode(model, s, *part), grads)
+    """One step -> (5,): loss, mean MMS_F and MMS_V of the true pairs, gradient norm, scale
+    of fp16. `positives` (A, B) is the whole batch's, the rest is this process's part."""
+    model.train()
+    backward = backward_at_once
+    if 0 < s.micro_batch < len(frames):
+        backward = backward_in_parts
+    loss, sim_F, sim_V = backward(model, scaler, s, ids, mask, frames, positives)
     if WORLD > 1:
         sum_gradients(model)
+
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.max_grad_norm)
-    scale = scaler.scale(torch.ones_like(norm))
-    scaler.step(optimizer)                              # leaves out a step that overflows in fp16
+    max_norm = s.max_grad_norm or math.inf
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    scale = scaler.scale(torch.ones_like(norm))  # get_scale() would wait for the GPU
+    scaler.step(optimizer)  # skipped in fp16 if a gradient overflows
     scaler.update()
     optimizer.zero_grad()
-    share = positives / positives.sum()                  # indexing by a mask would wait for the GPU
-    return torch.stack([loss, (sim_F * share).sum(), (sim_V * share).sum(), norm, scale]).detach()
+    if s.loss == "infonce":
+        model.logit_scale.data.clamp_(max=math.log(100))  # as CLIP does
 
+    # Means over the true pairs. Indexing by `positives` would wait for the GPU.
+    share = positives / positives.sum()
+    mms_f, mms_v = (sim_F * share).sum(), (sim_V * share).sum()
+    return torch.stack([loss, mms_f, mms_v, norm, scale]).detach()
+
+def backward_at_once(model, scaler, s, ids, mask, frames, positives):
+    """Gradients of a batch that fits into memory -> loss, MMS_F, MMS_V."""
+    Q, F, V = encode(model, s, ids, mask, frames)
+    Q, mask, F, V = gather_rows(Q), gather_rows(mask), gather_rows(F), gather_rows(V)
+    loss, sim_F, sim_V = model.compute_loss(Q, mask, F, V, positives)
+    scaler.scale(loss).backward()
+    return loss, sim_F, sim_V
+
+def backward_in_parts(model, scaler, s, ids, mask, frames, positives):
+    """The same with the activations of few videos at a time: GradCache (Gao et al. 2021).
+    Dropout is off, because both passes must agree."""
+    model.eval()
+    count = math.ceil(len(frames) / s.micro_batch)
+    parts = list(zip(ids.tensor_split(count), mask.tensor_split(count),
+                     frames.tensor_split(count)))
+
+    # 1. Embed all parts without keeping activations.
+    Q, F, V = [], [], []
+    for part in parts:
+        with torch.no_grad():
+            q, f, v = encode(model, s, *part)
+        Q.append(q.requires_grad_())
+        F.append(f.requires_grad_())
+        V.append(v.requires_grad_())
+
+    # 2. The loss of the whole batch gives the gradient of each embedding.
+    all_Q, all_mask = gather_rows(torch.cat(Q)), gather_rows(mask)
+    all_F, all_V = gather_rows(torch.cat(F)), gather_rows(torch.cat(V))
+    loss, sim_F, sim_V = model.compute_loss(all_Q, all_mask, all_F, all_V, positives)
+    scaler.scale(loss).backward()
+
+    # 3. Embed each part again, and pass these gradients on to the parameters.
+    for part, q, f, v in zip(parts, Q, F, V):
+        torch.autograd.backward(encode(model, s, *part), (q.grad, f.grad, v.grad))
+    return loss, sim_F, sim_V
+
+def encode(model, s, ids, mask, frames):
+    with autocast(frames.device, s.precision):
+        Q = model.encode_query(ids, mask)
+        F, V = model.encode_video(frames)
+    return Q, F, V
+
+def autocast(device, precision="auto"):
+    """Precision of the encoders. auto: bf16 on CUDA GPUs that have it, fp16 on other CUDA
+    GPUs, and fp32 elsewhere."""
+    if precision == "auto" and device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if has_bf16 else "fp16"
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision in ("bf16", "fp16"))
+
+# ---- Training loop
 def train(model, data, s, device, out, data_id):
-    """Train `model` in place on data["train"], from the last checkpoint in `out` if there is one. A
-    line per step goes to out/log.jsonl. Ctrl-C and SIGTERM save a checkpoint and stop."""
-    clips, cuda, optimizer = data["train"], device.type == "cuda", make_optimizer(model, s)
+    """Train `model` in place on data["train"], from the last checkpoint in `out` if there
+    is one. Each step is a line of out/log.jsonl. On a signal, save and stop."""
+    clips = data["train"]
+    steps_per_epoch = len(epoch_examples(clips, s, 0)) // s.batch_size
+    steps = s.epochs * steps_per_epoch
+
+    optimizer = make_optimizer(model, s)
     fp16 = autocast(device, s.precision).fast_dtype == torch.float16
-    scaler = torch.amp.GradScaler(device.type, enabled=fp16)
-    parts, skipped = dict(model=model, optimizer=optimizer, scaler=scaler), []
-    examples = len(epoch_examples(clips, s, 0))
-    if examples < s.batch_size and RANK == 0:
-        print(f"--batch-size {s.batch_size} is reduced to {examples}, the number of examples")
-    s = replace(s, batch_size=min(s.batch_size, examples))
-    per_epoch = examples // s.batch_size
-    steps, first = s.epochs * per_epoch, 0
-    log = open(os.devnull if RANK else out / "log.jsonl", "a", buffering=1)
-    state = load_checkpoint(out / "checkpoints")
-    if state:
-        if state["data"] != data_id:
-            raise InputError(f"{out} was started with other clips or captions: start a new run")
-        for name, part in parts.items():
-            part.load_state_dict(state.get(name) or part.state_dict())  # only fp16 has a scaler
-        skipped += state.get("skipped", [])
-        torch.set_rng_state(state["rng"])
-        first = state["step"]
+    scaler = torch.amp.GradScaler(device.type, growth_interval=200, enabled=fp16)
+    state = dict(model=model, optimizer=optimizer, scaler=scaler)
+    first, log_end = resume(out, state, data_id)
+    log = open(os.devnull if RANK else out / "log.jsonl", "a")
     if RANK == 0:
-        log.truncate(state["log"] if state else 0)                # later steps run again
-    def load(batch):
-        mine = rank_slice(batch)
-        captions = [clips[v].captions[c] for v, chosen in mine for c in chosen]
-        return batch, captions, load_frames([clips[v] for v, _ in mine], s, model.image_size)
-    signals, unread = [], []                      # unread: steps whose numbers are still on the GPU
-    loaded = prefetch(load, itertools.islice(batches(clips, s), first, None), s.workers)
-    bar = tqdm(total=steps, initial=first, desc="training", unit="step", disable=RANK > 0)
-    handle_signals(lambda number, frame: signals.append(number))  # no step is cut short
+        log.truncate(log_end)  # later steps run again
+
+    # A signal only asks to stop, so that no step is cut short.
+    stop = threading.Event()
+    handle_signals(lambda number, frame: stop.set())
+    load = partial(load_batch, clips=clips, s=s, model=model)
+    todo = itertools.islice(batches(clips, s), first, None)  # without those done before
+    name = f"training on {device_name(device)}"
+    bar = tqdm(desc=name, initial=first, total=steps, disable=RANK > 0)
+    unread = []  # steps whose numbers are still on the GPU
     with log, bar:
-        for step, (batch, captions, frames) in enumerate(loaded, first):
-            tensors = (*model.tokenize(captions), frames, positive_pairs(clips, batch))
-            tensors = [(x.pin_memory() if cuda else x).to(device, non_blocking=True)
-                       for x in tensors]
+        for step, inputs in enumerate(prefetch(load, todo, s.workers), first):
+            inputs = [x.to(device, non_blocking=True) for x in inputs]
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * schedule(step, steps, s.warmup)
-            numbers = training_step(model, optimizer, scaler, s, *tensors)
-            lr = {group["name"]: group["lr"] for group in optimizer.param_groups}
-            epoch, ends_epoch = step // per_epoch, (step + 1) % per_epoch == 0
-            unread.append((dict(step=step, epoch=epoch, lr=lr), batch, numbers))
+            numbers = training_step(model, optimizer, scaler, s, *inputs)
             bar.update()
-            stops = any(gather_lists(signals))
+
+            lr = {group["name"]: group["lr"] for group in optimizer.param_groups}
+            epoch, place = divmod(step, steps_per_epoch)
+            unread.append((dict(step=step, epoch=epoch, lr=lr), numbers))
+            ends_epoch = place + 1 == steps_per_epoch
+            stops = any(gather_lists([stop.is_set()]))  # in any process
             saves = stops or ends_epoch or (step + 1) % s.checkpoint_every == 0
-            if saves or not cuda or len(unread) == 10:           # reading at each step stalls a GPU
-                write_log(log, bar, clips, unread, skipped)
-            for split, every in (("val", 1), ("test", s.eval_every)):  # only logged
-                if ends_epoch and data[split] and every and (epoch + 1) % every == 0:
-                    sim_F, sim_V, target = evaluate(model, data[split], s, device)
-                    recall = retrieval_metrics(mms_fv(sim_F, sim_V), target)["R@1"]
-                    log.write(json.dumps({"epoch": epoch, f"{split} R@1": recall}) + "\n")
+            # To read the numbers of each step would make a GPU wait.
+            if saves or device.type == "cpu" or len(unread) == 50:
+                write_log(log, bar, unread)
+                unread = []
+
+            if ends_epoch and RANK == 0:
+                log_evaluations(log, epoch, model, data, s, device)
             if saves and RANK == 0:
-                save_checkpoint(out / "checkpoints", dict(
-                    step=step + 1, log=log.tell(), data=data_id, rng=torch.get_rng_state(),
-                    skipped=skipped, **{name: part.state_dict() for name, part in parts.items()}))
-            if stops or step + 1 == steps and any(gather_lists(signals)):  # in evaluate
-                raise KeyboardInterrupt(f"stopped after step {step}; resume with --resume {out}")
+                save_checkpoint(out, step + 1, log.tell(), state, data_id)
+            if stops:
+                break
+    # The signal may also have come in the last evaluation.
+    if any(gather_lists([stop.is_set()])):
+        if RANK == 0:
+            note = f"stopped after step {bar.n - 1}; continue with --resume {out}"
+            print(note, file=sys.stderr)
+        raise KeyboardInterrupt
     handle_signals(signal.default_int_handler)
 
-def write_log(log, bar, clips, unread, skipped):
-    """Log the steps since the last call, also those that fp16 skipped. InputError for NaN."""
-    for line, batch, numbers in unread:
+def log_evaluations(log, epoch, model, data, s, device):
+    """After an epoch: the validation set, and every --eval-every epochs the test set."""
+    for split, every in (("val", 1), ("test", s.eval_every)):
+        if data[split] and every and (epoch + 1) % every == 0:
+            sim_F, sim_V, target = evaluate(model, data[split], s, device)
+            metrics = retrieval_metrics(mms_fv(sim_F, sim_V), target)
+            write_line(log, dict(epoch=epoch, split=split, **metrics))
+
+def write_log(log, bar, unread):
+    """Log the steps since the last call. Raises FloatingPointError if one has failed."""
+    for line, numbers in unread:
         loss, mms_f, mms_v, norm, scale = numbers.tolist()
-        if not np.isfinite(loss) or scale <= 1 and not np.isfinite(norm):
-            raise InputError(f"loss {loss}, gradient norm {norm} in step {line['step']}; videos: "
-                             + ", ".join(clips[v].path for v, _ in batch))
         line.update(loss=loss, MMS_F=mms_f, MMS_V=mms_v, grad_norm=norm)
-        if not np.isfinite(norm):
-            skipped.append(line["step"])
-            line.update(grad_norm=None, loss_scale=scale, skipped=len(skipped))
+        # Without fp16 the scale is 1.
+        if scale > 1 and not math.isfinite(norm):
+            # fp16 skipped this step, and the next one has half the scale.
+            line.update(grad_norm=None, loss_scale=scale)
+        elif not math.isfinite(loss + norm):
+            step = line["step"]
+            raise FloatingPointError(f"loss {loss}, gradient norm {norm} in step {step}")
         bar.set_postfix(loss=f"{loss:.3f}", MMS_F=f"{mms_f:.3f}", MMS_V=f"{mms_v:.3f}")
-        log.write(json.dumps(line) + "\n")
-    unread.clear()
+        write_line(log, line)
 
-def save_checkpoint(folder, state):
-    """Write folder/step-N.pt, with its checksum in the first line, and keep the last two."""
+def write_line(log, record):
+    with user_errors(log.name, OSError):
+        log.write(json.dumps(record) + "\n")
+        log.flush()
+
+# ---- Checkpoints
+def save_checkpoint(out, step, log_end, state, data_id):
+    """Write out/checkpoints/step-N.pt, and keep the one before it."""
+    content = {name: part.state_dict() for name, part in state.items()}
+    content |= dict(step=step, log_end=log_end, data=data_id, rng=torch.get_rng_state())
+    path = out / "checkpoints" / f"step-{step:08d}.pt"
+    # In memory first, because torch.save is unclear about a full disk.
     data = io.BytesIO()
-    torch.save(state, data)
-    checksum = hashlib.sha256(data.getbuffer()).hexdigest().encode()
-    write_file(folder / f"step-{state['step']:08d}.pt", checksum, b"\n", data.getbuffer())
-    for old in sorted(folder.glob("*.pt"), key=os.path.getmtime)[:-2]:  # steps may mislead
-        old.unlink()
+    torch.save(content, data)
+    with atomic_write(path) as file:
+        file.write(data.getbuffer())
+    older = [other for other in sorted(path.parent.glob("*.pt")) if other < path]
+    for other in older[:-1]:
+        other.unlink()
 
-def load_checkpoint(folder):
-    """The last checkpoint that is not damaged, or None."""
-    for path in sorted(folder.glob("*.pt"), reverse=True):
-        checksum, _, data = path.read_bytes().partition(b"\n")
-        if checksum == hashlib.sha256(data).hexdigest().encode():
-            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+def load_checkpoint(out):
+    """The last checkpoint that is not damaged, or None if there is none."""
+    paths = sorted(Path(out, "checkpoints").glob("*.pt"), reverse=True)
+    for path in paths:
+        try:
+            # It is a zip file, which has a checksum of each tensor.
+            if zipfile.ZipFile(path).testzip() is None:
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception:
+            pass  # damage shows in many ways
         print(f"{path} is damaged; trying the one before it")
+    if paths:
+        raise InputError(f"all checkpoints in {out} are damaged: start a new run")
 
-# ---- Evaluation (section 5.3, Table 3) -----------------------------------------------------------
+def resume(out, state, data_id):
+    """Load the last checkpoint, if there is one -> its step, and the log's length."""
+    content = load_checkpoint(out)
+    if content is None:
+        return 0, 0
+    if content["data"] != data_id:
+        raise InputError(f"{out} was started with other clips or captions")
+    for name, part in state.items():
+        if content[name]:  # the state of the scaler is empty but for fp16
+            part.load_state_dict(content[name])
+    torch.set_rng_state(content["rng"])
+    return content["step"], content["log_end"]
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Open a file that gets its name when it is complete, and make its folder."""
+    with user_errors(path, OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            with open(f"{folder}/part", "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(f"{folder}/part", path)
+
+# ---- Evaluation (section 5.3, Table 3)
+@torch.compiler.set_stance("force_eager")  # --compile is for the shapes of training
 @torch.no_grad()
 def evaluate(model, clips, s, device):
-    """Every caption against every clip -> MMS_F (A, B), MMS_V (A, B), target (A,), on the CPU."""
+    """Every caption against every clip -> MMS_F (A, B), MMS_V (A, B), target (A,)."""
     model.eval()
-    mine, size, encoded = rank_slice(clips), s.micro_batch or 32, []
-    chunks = [mine[i:i + size] for i in range(0, len(mine), size)]
-    load = functools.partial(load_frames, s=s, size=model.image_size)
-    bar = tqdm(prefetch(load, chunks, s.workers), "evaluating", len(chunks), disable=RANK > 0)
-    for chunk, frames in zip(chunks, bar):
-        ids, mask = model.tokenize([caption for clip in chunk for caption in clip.captions])
-        Q, F, V = encode(model, s, ids.to(device), mask.to(device), frames.to(device))
-        encoded.append([x.cpu() for x in (Q, mask, F, V)])
-    Q, mask, F, V = (torch.cat(parts).to(device) for parts in zip(*gather_lists(encoded)))
-    sim_F, sim_V = model.similarities(Q, mask, F, V)
-    captions = torch.tensor([len(clip.captions) for clip in clips])
-    return sim_F.cpu(), sim_V.cpu(), torch.arange(len(clips)).repeat_interleave(captions)
+    few = s.micro_batch or 32
+    parts = [clips[i:i + few] for i in range(0, len(clips), few)]
+    load = partial(load_frames, s=s, size=model.image_size)
+    F, V = [], []
+    for frames in tqdm(prefetch(load, parts, s.workers), "evaluating", len(parts)):
+        with autocast(device, s.precision):
+            f, v = model.encode_video(frames.to(device))
+        F.append(f)
+        V.append(v)
+    F, V = torch.cat(F), torch.cat(V)
 
-# ---- A run ---------------------------------------------------------------------------------------
-def finished(out):
-    """The evaluation, the last record of a run's log, or None if the run is not finished."""
-    try:
-        record = json.loads(Path(out, "log.jsonl").read_text().splitlines()[-1])
-    except (OSError, ValueError, IndexError):
-        return None
-    return record if "evaluation" in record else None
+    # A few queries at a time, because each token is compared with each frame.
+    captions = [caption for clip in clips for caption in clip.captions]
+    sim_F, sim_V = [], []
+    for i in range(0, len(captions), few):
+        ids, mask = model.tokenize(captions[i:i + few])
+        ids, mask = ids.to(device), mask.to(device)
+        with autocast(device, s.precision):
+            Q = model.encode_query(ids, mask)
+        mms_f, mms_v = model.similarities(Q, mask, F, V)
+        sim_F.append(mms_f.cpu())
+        sim_V.append(mms_v.cpu())
+    counts = torch.tensor([len(clip.captions) for clip in clips])
+    target = torch.arange(len(clips)).repeat_interleave(counts)
+    return torch.cat(sim_F), torch.cat(sim_V), target
 
-def new_folder(s):
-    """Make the folder of a new run, --out or the first free of runs/NAME, runs/NAME-2, ..."""
-    name = f"runs/{Path(s.data).stem}{'-eval' * bool(s.eval_only)}"
-    for number in itertools.count(1):
-        out = Path(s.out or (name if number == 1 else f"{name}-{number}"))
-        try:
-            out.mkdir(parents=True)
-            write_file(out / "settings.json", json.dumps(asdict(s), indent=2).encode())
-            return out
-        except OSError as error:
-            if s.out or not isinstance(error, FileExistsError):
-                raise InputError(f"{out}: {error.strerror}") from None
+def result_rows(sim_F, sim_V, target, interaction="mms"):
+    """Metrics of Table 3's scores, text to video and video to text -> a list of dicts."""
+    to_video = [sim_F, sim_V, mms_fv(sim_F, sim_V)]
+    to_text = [video_to_text(sim, target) for sim in to_video]
+    own_group = torch.arange(len(to_text[0]))
+    rows = score_rows("text to video", *to_video, target, interaction.upper())
+    return rows + score_rows("video to text", *to_text, own_group, interaction.upper())
 
+def score_rows(direction, sim_F, sim_V, sim_FV, target, name):
+    scores = {f"{name}_F": sim_F, f"{name}_V": sim_V, f"{name}_FV": sim_FV,
+              "RRF": reciprocal_rank_fusion(sim_F, sim_V)}
+    rows = []
+    for score, sim in scores.items():
+        row = dict(score=score, direction=direction, queries=len(sim))
+        rows.append(row | retrieval_metrics(sim, target))
+    return rows
+
+def results_table(record):
+    """The record of a run as text."""
+    lines = [f"gallery of {record['gallery']} clips"]
+    if record["missing"]:
+        lines[0] += f", {record['missing']} test clips missing: not comparable"
+    if record["missing_train"]:
+        lines[0] += f", {record['missing_train']} training clips missing"
+    lines.append("".join(f"{name:>14}" for name in record["evaluation"][0]))
+    for row in record["evaluation"]:
+        cells = [f"{x:.3f}" if isinstance(x, float) else x for x in row.values()]
+        lines.append("".join(f"{cell:>14}" for cell in cells))
+
+    best = record["best"]
+    if best:
+        metrics = " ".join(f"{name} {best[name]:.4g}" for name in ("R@1", "R@5", "R@10"))
+        lines.append(f"best epoch on the test set, which CLIP4Clip, DRL and UATVR report: "
+                     f"epoch {best['epoch']}, {metrics} nDCG@10 {best['nDCG@10']:.4g}")
+    return "\n".join(lines)
+
+# ---- Several processes (torchrun): each encodes its share, all see the whole loss
+def rank_slice(items):
+    """The part of a list that this process works on."""
+    return items[len(items) * RANK // WORLD:len(items) * (RANK + 1) // WORLD]
+
+def gather_lists(part):
+    """All processes' lists, joined in order of rank."""
+    if WORLD == 1:
+        return part
+    parts = [None] * WORLD
+    dist.all_gather_object(parts, part)
+    return sum(parts, [])
+
+def gather_rows(x):
+    """All processes' rows in order of rank. Gradients flow to this process's own rows;
+    sum_gradients adds up those of all processes."""
+    if WORLD == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(WORLD)]
+    dist.all_gather(parts, x.detach())
+    parts[RANK] = x
+    return torch.cat(parts)
+
+def sum_gradients(model):
+    """Add up all processes' gradients, in one message."""
+    named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for name, gradient in named.items():
+        if name.startswith("logit_"):
+            gradient /= WORLD  # it is the same in each process
+    flat = torch.cat([gradient.flatten() for gradient in named.values()])
+    dist.all_reduce(flat)
+    torch.nn.utils.vector_to_parameters(flat, named.values())  # into the gradients
+
+# ---- A run
 def run(s, device):
     """Train and evaluate as the settings say -> the folder of the run."""
-    data = load_clips(s)                                          # before any weights are fetched
+    # All that can be wrong with the data is found before any weights are fetched.
+    out = run_folder(s)
+    data = load_clips(s)
     data_id = data_hash(data)
-    for split in ("train", "test") if s.epochs else ("test",):
-        if not data[split]:
+    trains = s.epochs > 0 and not s.eval_only
+    splits = ["train", "val", "test"] if trains else ["test"]
+    for split in splits:
+        if split != "val" and not data[split]:
             raise InputError(f"{s.data} has no {split} clips")
-    if record := s.resume and finished(s.resume):
+    record = finished(out)
+    if s.resume and record:
         if record["data"] != data_id:
-            raise InputError(f"{s.resume} was run on other clips or captions: start a new run")
-        return Path(s.resume)
+            raise InputError(f"{out} was run on other clips or captions")
+        return out
+
     torch.manual_seed(s.seed)
-    model = (VideoColBERT.load(s.eval_only) if s.eval_only else VideoColBERT(s)).to(device)
-    if s.compile:
-        for module in (model.clip.visual, model.clip.text.transformer, model.temporal):
-            module.compile()                     # in place, so that the parameters keep their names
-    data, missing, pixels = fill_cache(data, s, model.image_size)
-    out = Path(gather_lists([s.resume or str(new_folder(s))] if RANK == 0 else [])[0])
-    try:
-        if s.epochs:
-            train(model, data, s, device, out, f"{data_id} {pixels['train']}")
-        rows = result_rows(*evaluate(model, data["test"], s, device), model.config.interaction)
-    except (InputError, torch.OutOfMemoryError) as error:
-        if not isinstance(error, InputError):
-            total, now = torch.cuda.mem_get_info(device)[1], s.micro_batch or s.batch_size // WORLD
-            error = (f"{device} has {total / 2 ** 30:.0f} GiB, too little for {now} of a batch of "
-                     f"{s.batch_size} videos: use --resume {out} --micro-batch {now // 8 or 1}")
-        last = max(out.glob("checkpoints/*.pt"), default="none")
-        raise InputError(f"{error}; last good checkpoint: {last}") from None
-    if RANK == 0:
-        if not s.eval_only:
-            model.save(out)
-        commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' describe --always --dirty")
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        machine = f"{WORLD} x {name}, torch {torch.__version__}, commit {commit}"
-        record = dict(evaluation=rows, gallery=len(data["test"]), missing=missing, data=data_id,
-                      pixels=pixels, machine=machine)
-        with open(out / "log.jsonl", "a" if s.epochs else "w") as log:
-            log.write(json.dumps(record) + "\n")
+    model = VideoColBERT.load(s.eval_only) if s.eval_only else VideoColBERT(s)
+    readable = {split: fill_cache(data[split], split, s, model.image_size)
+                for split in splits}
+    if trains:
+        examples = len(epoch_examples(readable["train"], s, 0))
+        if examples < s.batch_size:
+            raise InputError(f"--batch-size {s.batch_size} is more than {examples} examples")
+
+    if RANK > 0:
+        train_and_evaluate(model, readable, s, device, out, data_id)
+        return out
+    with user_errors(out, OSError):
+        out.mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        if not s.resume:
+            run_folder(s)  # while this one decoded, another may have begun
+            with atomic_write(out / "settings.json") as file:
+                file.write(json.dumps(asdict(s), indent=2).encode())
+        sims = train_and_evaluate(model, readable, s, device, out, data_id)
+        if data_hash(data) != data_id:
+            raise InputError(f"the clips of {s.data} changed during the run")
+        missing = {split: len(data[split]) - len(readable[split]) for split in splits}
+        record = dict(
+            evaluation=result_rows(*sims, model.config.interaction), best=best_epoch(out),
+            gallery=len(readable["test"]), missing=missing["test"],
+            missing_train=missing.get("train", 0), data=data_id,
+            machine=f"{WORLD} x {device_name(device)}, torch {torch.__version__}")
+        with user_errors(out, OSError):
+            if not s.eval_only:
+                model.save(out)
+            with open(out / "log.jsonl", "a") as log:
+                write_line(log, record)
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    (out / "lock").unlink()
     return out
 
+def train_and_evaluate(model, data, s, device, out, data_id):
+    """-> what `evaluate` returns of the test clips, in the first process."""
+    try:
+        model.to(device)
+        if s.compile:
+            # In place, so that the parameters keep their names.
+            visual, text = model.backbone.visual, model.backbone.text
+            for module in (visual, text.transformer, model.temporal):
+                module.compile()
+        if "train" in data:
+            train(model, data, s, device, out, data_id)
+        if RANK == 0:
+            return evaluate(model, data["test"], s, device)
+    except torch.OutOfMemoryError:
+        count = s.micro_batch or (s.batch_size // WORLD if "train" in data else 32)
+        raise InputError(f"{count} videos at a time are too many for {device}: use "
+                         f"--resume {out} --micro-batch {max(1, count // 2)}") from None
+
+def run_folder(s):
+    """The folder of a new run, which must be empty, or of the one to resume."""
+    if s.resume:
+        return Path(s.resume)
+    if s.eval_only and not finished(s.eval_only):
+        raise InputError(f"{s.eval_only} is not finished: use --resume {s.eval_only}")
+    out = Path(s.out or f"runs/{Path(s.data).stem}{'-eval' if s.eval_only else ''}")
+    if [path for path in out.glob("*") if path.name != "lock"]:
+        raise InputError(f"{out} exists: give a new --out, or --resume {out}")
+    return out
+
+def read_log(out):
+    """The lines of a run's log, none if it has not begun or was cut off."""
+    try:
+        return [json.loads(line) for line in open(Path(out, "log.jsonl"))]
+    except (OSError, ValueError):
+        return []
+
+def best_epoch(out):
+    """The line of the epoch with the best R@1 on the test set; None without --eval-every."""
+    tests = [line for line in read_log(out) if line.get("split") == "test"]
+    return max(tests, key=lambda line: line["R@1"], default=None)
+
+def finished(out):
+    """The evaluation, the last line of a run's log, or None if it is not finished."""
+    lines = read_log(out)
+    return lines[-1] if lines and "evaluation" in lines[-1] else None
+
+@contextlib.contextmanager
+def locked(folder):
+    """Keep other processes out of a folder. Raises InputError if one is at work on it."""
+    lock = filelock.FileLock(f"{folder}/lock", timeout=0)
+    try:
+        with user_errors(folder, PermissionError):
+            lock.acquire()
+    except filelock.Timeout:
+        raise InputError(f"another process is at work on {folder}; try later") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+def device_name(device):
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return device.type
+
 def pick_device(name):
-    """auto is a GPU if there is one. Of several processes on a machine each takes its own."""
-    name = str(torch.accelerator.current_accelerator(True) or "cpu") if name == "auto" else name
+    """auto is a GPU if there is one. Of several processes each takes its own."""
+    if name == "auto":
+        name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:
         if name == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        return torch.zeros(1, device=name).device
+        device = torch.zeros(1, device=name).device
+        torch.ones(1, device=device).item()  # not on the meta device
+        return device
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: {str(error).partition(chr(10))[0]}") from None
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 def main(argv=None):
     s = parse_settings(sys.argv[1:] if argv is None else argv)
     device = pick_device(s.device)
-    if WORLD > 1:                           # one process may decode for hours while the others wait
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(days=1))
+    if WORLD > 1:
+        # One process may decode for hours while the others wait. Lists and flags are
+        # gathered on the CPU.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=1))
     out = run(s, device)
     if RANK == 0:
         print(results_table(finished(out)), out, sep="\n")
@@ -601,20 +898,20 @@ def main(argv=None):
         dist.destroy_process_group()
 
 def handle_signals(handler):
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
+    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGTERM, handler)
 
 def run_main(main, name):
-    """Bad input gives one line and exit code 2, being stopped 130; a bug gives its traceback."""
+    """Bad input is one line and exit code 2; a stop is code 130; a bug has a traceback."""
     handle_signals(signal.default_int_handler)
     try:
         main()
     except InputError as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt as error:
-        print(f"{name}: {str(error) or 'stopped: run again, or --resume'}", file=sys.stderr)
-        os._exit(130)                                             # without waiting for threads
+    except KeyboardInterrupt:
+        print(f"{name}: stopped", file=sys.stderr)
+        os._exit(130)  # without waiting for threads
 
 if __name__ == "__main__":
     run_main(main, "train.py")

@@ -1,212 +1,305 @@
-"""Video-ColBERT (CVPR 2025): text-to-video retrieval by contextualised late interaction.
+"""Video-ColBERT (CVPR 2025): text-to-video retrieval by contextualized late interaction.
 
-    model = VideoColBERT(Config())                           # CLIP ViT-B/32, the paper's settings
+    model = VideoColBERT(Config())  # CLIP ViT-B/32, the paper's settings
     frames = torch.stack([sample_frames(path, 12, 224) for path in paths])
-    F, V = model.encode_video(frames)                        # before and after temporal attention
+    F, V = model.encode_video(frames)  # before and after temporal attention
     ids, mask = model.tokenize(["a man feeds a dog"])
     Q = model.encode_query(ids, mask)
-    scores = mms_fv(*model.similarities(Q, mask, F, V))      # (queries, videos), equation 5
+    mms_f, mms_v = model.similarities(Q, mask, F, V)
+    scores = mms_fv(mms_f, mms_v)  # (queries, videos), equation 5
 
-Shapes: A queries, B videos, M query tokens, N frames, E visual expansion tokens, d the width of the
-joint embedding. Section, equation and table numbers are the paper's.
+Shapes: A queries, B videos, M query tokens, N frames, E visual expansion tokens, d the
+width of the joint embedding. Section, equation and table numbers are the paper's.
 """
-import bisect
 import contextlib
 import copy
 import difflib
-import itertools
 import json
-import os
-import threading
+import zipfile
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from textwrap import fill, shorten
+from textwrap import shorten
 
 import av
 import numpy as np
 import open_clip
 import safetensors.torch
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from av.video.reformatter import VideoReformatter
 from torch import nn
-from torch.nn.functional import cross_entropy, logsigmoid, normalize
+from torch.nn.functional import cross_entropy, logsigmoid, normalize, one_hot
 
 class InputError(ValueError):
-    """The user typed or supplied something wrong. Programs print the message as one line."""
+    """The user typed or supplied something wrong. Programs print it as one line."""
 
-# ---- Settings: the paper's for MSR-VTT. A field's comment is its help text in train.py. ---------
+class VideoError(InputError):
+    """A video cannot be read."""
+
+# ---- Settings
+# The defaults are the paper's for MSR-VTT. train.py shows the comments as help texts.
 @dataclass
 class Config:
-    backbone: str = "ViT-B-32-quickgelu"  # open_clip model (section 5.2), or "tiny" for a CPU
-    # Weights: an open_clip tag, a file, or none. auto is OpenAI's CLIP or WebLI's SigLIP (section
-    # 5.2). With a file, frames are normalised with the backbone's default mean and std.
+    # A CLIP or SigLIP model of open_clip (section 5.2), or "tiny" for a CPU.
+    backbone: str = "ViT-B-32-quickgelu"
+    # An open_clip tag, a file or none; auto is OpenAI's CLIP or WebLI's SigLIP (5.2).
     pretrained: str | None = "auto"
-    num_frames: int = 12                  # frames per video (section 5.2, Table 7)
-    num_tokens: int = 32                  # tokens per query (section 5.2); SigLIP always uses 64
-    pad_token: int = 0                    # pads CLIP queries to num_tokens, 0 is "!" (Table 12)
-    query_augmentation: bool = True       # pad tokens take part in MeanMaxSim (4.2, Table 5)
-    temporal_layers: int = 4              # depth of the temporal transformer (5.2, Table 8)
-    visual_expansion: int = 2             # E, learned tokens beside the frames (sections 4.2, 5.2)
-    interaction: str = "mms"              # mms (MeanMaxSim) or mp (mean pooling, equation 1)
-    loss: str = "sigmoid"                 # sigmoid or infonce (section 4.3, Table 4)
-    loss_form: str = "dual"               # dual (equation 7) or combined (section 6, Table 4)
-    lambda_frame: float = 1.0             # weight of the loss on MMS_F (equation 7, section 5.2)
-    lambda_video: float = 1.0             # weight of the loss on MMS_V (equation 7, section 5.2)
-    logit_scale: float = 4.77             # log t of equation 6, SigLIP's value (section 6)
-    logit_bias: float = -12.93            # b of equation 6, SigLIP's value (section 6)
-    learn_scale: bool = False             # train log t and b; the paper fixes them (section 6)
-    freeze: bool = True                   # freeze positions, patch and token embeddings (5.2)
+    num_frames: int = 12  # frames per video (section 5.2, Table 7)
+    num_tokens: int = 32  # tokens per query (5.2); SigLIP always uses 64
+    pad_token: int = 0  # pads CLIP's queries; 0 is "!" (Table 12)
+    query_augmentation: bool = True  # pads take part in MeanMaxSim (4.2, Table 5)
+    temporal_layers: int = 4  # of the temporal transformer (5.2, Table 8)
+    visual_expansion: int = 2  # E, learned tokens beside the frames (4.2, 5.2)
+    interaction: str = "mms"  # mms (MeanMaxSim) or mp (mean pooling, equation 1)
+    loss: str = "sigmoid"  # sigmoid, infonce or another of LOSSES (4.3, Table 4)
+    loss_form: str = "dual"  # dual (equation 7) or combined (Table 4)
+    lambda_frame: float = 1.0  # weight of the loss on MMS_F (equation 7)
+    lambda_video: float = 1.0  # weight of the loss on MMS_V (equation 7)
+    logit_scale: float = 4.77  # log t of equation 6; the paper prints it as t
+    logit_bias: float = -12.93  # b of equation 6, SigLIP's value (section 6)
+    learn_scale: bool = False  # train log t and b; the paper fixes them
+    freeze: bool = True  # freeze positions, patch and token embeddings (5.2)
 
-# ---- Interaction (section 4.1) -------------------------------------------------------------------
-def mean_max_sim(Q, V, mask=None):
-    """Equations 3 and 4: the mean over query tokens of each token's best similarity to a frame.
-
-    Q (A, M, d), V (B, N, d) and optionally a bool mask (A, M) of the tokens that count -> (A, B),
-    at least float32. The vectors are not normalised here: unit vectors give a mean of cosines."""
-    A, M, B, N = *Q.shape[:2], *V.shape[:2]
-    dtype = torch.promote_types(Q.dtype, torch.float32)      # bf16 is too coarse for a scale of 118
-    frames = V.to(dtype).transpose(0, 1).flatten(0, 1)         # (N B, d): frames first, a fast amax
-    weight = torch.ones_like(Q[..., 0]) if mask is None else mask  # (A, M)
-    weight = weight.to(dtype) / weight.sum(1, keepdim=True)       # 1/M for the tokens that count
-    def mms(q, w):                                                # (a, M, d), (a, M)
-        sim = q.flatten(0, 1) @ frames.T                          # (a M, N B)
-        best = sim.view(len(q) * M, N, B).amax(1)                 # (a M, B), max over frames
-        return (w[:, None] @ best.view(len(q), M, B)).squeeze(1)  # (a, B), mean over tokens
-
-    # Without gradients `sim` is cut to pieces of 32 MB. With gradients autograd keeps all of it.
-    a = A if torch.is_grad_enabled() else 2 ** 23 // max(1, M * N * B)
+# ---- Interaction (section 4.1)
+def token_frame_similarities(Q, V):
+    """Each token with each frame: Q (A, M, d), V (B, N, d) -> (A, M, B, N)."""
+    # Not in half precision: the loss multiplies rounding errors by exp(4.77) = 118.
     with torch.autocast(Q.device.type, enabled=False):
-        pieces = zip(Q.to(dtype).split(max(1, a)), weight.split(max(1, a)))
-        return torch.cat([mms(q, w) for q, w in pieces])
+        return torch.einsum("amd,bnd->ambn", Q, V)
+
+def mean_max_sim(Q, V, mask=None):
+    """Equations 3 and 4: the mean over query tokens of their best similarity to a frame.
+
+    Q (A, M, d), V (B, N, d) either F or V of the videos, optionally a bool mask (A, M)
+    of the tokens that count -> (A, B). Unit vectors give a mean of cosines; nothing is
+    normalized here. A M B N numbers are in memory, so split large inputs."""
+    sim = token_frame_similarities(Q, V)  # (A, M, B, N)
+    best = sim.amax(dim=-1)  # (A, M, B), over frames
+    if mask is None:
+        return best.mean(dim=1)  # (A, B), over tokens
+
+    counts = mask.to(Q.dtype)  # (A, M), 1 for the tokens that count
+    weight = counts / counts.sum(dim=1, keepdim=True)  # (A, M), 1/M
+    return (best * weight[..., None]).sum(dim=1)  # (A, B)
 
 def mms_fv(mms_f, mms_v):
-    """Equation 5: the score of a video is the sum of its two levels. Both have the same shape."""
+    """Equation 5: a video's score is the sum of its two levels, of the same shape."""
     return mms_f + mms_v
 
-# ---- Losses (section 4.3) ------------------------------------------------------------------------
-# `positives` is bool (A, B), by default the diagonal. `logit_scale` is log t, as SigLIP stores it.
+# ---- Losses (section 4.3)
+# `positives` is bool (A, B). `logit_scale` is log t, as SigLIP stores it.
+def diagonal(sim):
+    """The default of `positives`: query i describes video i."""
+    A, B = sim.shape
+    assert A == B, f"{A} queries and {B} videos have no diagonal: pass positives"
+    return torch.eye(A, dtype=torch.bool, device=sim.device)
+
 def sigmoid_loss(sim, positives=None, logit_scale=4.77, logit_bias=-12.93):
-    """Equation 6 on similarities (A, B) -> scalar, summed over videos and averaged over queries.
-    The bias is added: `t x + b`, as in SigLIP's released code. The paper prints `-t x + b`."""
-    positives = torch.eye(*sim.shape, device=sim.device) > 0 if positives is None else positives
-    z = torch.where(positives, 1.0, -1.0)                         # (A, B)
-    t = torch.as_tensor(logit_scale, dtype=sim.dtype, device=sim.device).exp()  # exp(4.77) = 118
-    return -logsigmoid(z * (t * sim + logit_bias)).sum() / len(sim)  # over A queries, not all pairs
+    """Equation 6 on similarities (A, B) -> a sum over videos, averaged over queries.
+
+    The paper prints 1 / (1 + exp(z (-t x + b))), which is sigmoid(z (t x - b)). SigLIP's
+    code, which uses b = -12.93, adds the bias instead: sigmoid(z (t x + b))."""
+    if positives is None:
+        positives = diagonal(sim)
+    z = torch.where(positives, 1.0, -1.0)  # (A, B)
+    t = torch.as_tensor(logit_scale, dtype=sim.dtype).exp()  # exp(4.77) = 118
+    loss = -logsigmoid(z * (t * sim + logit_bias))  # (A, B)
+    return loss.sum() / len(sim)  # over A queries, not all pairs
 
 def info_nce_loss(sim, positives=None, logit_scale=4.6052, logit_bias=0.0):
-    """The baseline of section 4.3 on similarities (A, B) -> scalar, averaged over both directions.
-    Several positives share the target of their row or column. `logit_bias` has no effect."""
-    positives = torch.eye(*sim.shape, device=sim.device) > 0 if positives is None else positives
-    logits = torch.as_tensor(logit_scale, dtype=sim.dtype, device=sim.device).exp() * sim
-    target = positives.to(sim.dtype)                              # (A, B)
-    text_to_video = cross_entropy(logits, target / target.sum(1, keepdim=True))
-    video_to_text = cross_entropy(logits.T, target.T / target.T.sum(1, keepdim=True))
+    """The baseline of section 4.3 on similarities (A, B) -> the mean of both directions.
+    Positives share the target of their row or column. `logit_bias` has no effect."""
+    if positives is None:
+        positives = diagonal(sim)
+    t = torch.as_tensor(logit_scale, dtype=sim.dtype).exp()  # exp(4.6052) = 100
+    logits = t * sim  # (A, B)
+    target = positives.to(sim.dtype)  # (A, B)
+    text_to_video = cross_entropy(logits, normalize(target, p=1, dim=1))
+    video_to_text = cross_entropy(logits.T, normalize(target.T, p=1, dim=1))
     return (text_to_video + video_to_text) / 2
 
-LOSSES = {"sigmoid": sigmoid_loss, "infonce": info_nce_loss}      # --loss chooses one
+LOSSES = {"sigmoid": sigmoid_loss, "infonce": info_nce_loss}  # Config.loss chooses one
 
-def dual_loss(sim_F, sim_V, positives=None, loss=sigmoid_loss, lambda_frame=1.0, lambda_video=1.0,
-              **scale):
-    """Equation 7: one loss on MMS_F and one on MMS_V, both (A, B), so each must rank well."""
-    loss_F, loss_V = loss(sim_F, positives, **scale), loss(sim_V, positives, **scale)
-    return lambda_frame * loss_F + lambda_video * loss_V
+# ---- Backbone (section 5.2)
+TINY = dict(  # for synthetic clips and tests
+    embed_dim=64,
+    vision_cfg=dict(image_size=48, patch_size=24, width=64, layers=2, head_width=32),
+    text_cfg=dict(width=64, heads=2, layers=2))
 
-# ---- Model (sections 4.1, 4.2, 5.2) --------------------------------------------------------------
-TINY = dict(embed_dim=64,                                         # for synthetic clips and tests
-            vision_cfg=dict(image_size=64, patch_size=16, width=64, layers=2, head_width=32),
-            text_cfg=dict(width=64, heads=2, layers=2))
-
-FROZEN = ("text.positional_embedding", "text.token_embedding", "visual.positional_embedding",
-          "visual.conv1", "visual.trunk.pos_embed", "visual.trunk.patch_embed")  # section 5.2
+FROZEN = ("text.positional_embedding", "text.token_embedding",
+          "visual.positional_embedding", "visual.conv1",  # CLIP
+          "visual.trunk.pos_embed", "visual.trunk.patch_embed")  # SigLIP
 
 def load_backbone(name, pretrained):
-    """An open_clip model by name -> (model, mean (3,), std (3,)), the last two of its weights.
-    Raises InputError for an unknown name, for another kind of model and for missing weights."""
-    openai = dict(mean=open_clip.OPENAI_DATASET_MEAN, std=open_clip.OPENAI_DATASET_STD)
+    """An open_clip model -> (model, mean, std): the pixel mean and std of its weights.
+    Raises InputError for a name or weights that cannot be used."""
+    statistics = dict(mean=open_clip.OPENAI_DATASET_MEAN, std=open_clip.OPENAI_DATASET_STD)
     if name == "tiny":
-        clip = open_clip.CustomTextCLIP(**TINY)
-        clip.visual.positional_embedding.data *= 4                # else the patches drown them
-        return clip, *openai.values()
-    if name not in open_clip.list_models():
-        near = difflib.get_close_matches(name, ["tiny", *open_clip.list_models()], n=5, cutoff=0.4)
-        raise InputError(f"unknown backbone {name!r}; similar names: {', '.join(near)}")
-    config = open_clip.get_model_config(name)
-    config.pop("custom_text", None)
-    vision, text = config["vision_cfg"], config["text_cfg"]
-    if isinstance(vision.get("layers"), list) or "multimodal_cfg" in config \
-            or "hf_model_name" in text or text.get("width", 512) != config["embed_dim"]:
-        raise InputError(f"backbone {name!r} is not supported: it is not built like CLIP")
-    clip = open_clip.CustomTextCLIP(**config)
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    default = next((tag for tag in ("openai", "webli") if tag in tags), "")
-    tag = default if pretrained == "auto" else pretrained
-    source = {**openai, **open_clip.get_pretrained_cfg(name, tag if tag in tags else default)}
-    if pretrained not in (None, "none"):
-        if tag in tags and source.get("quick_gelu", False) != config.get("quick_gelu", False):
-            raise InputError(f"weights {tag!r} and backbone {name!r} differ in QuickGELU, which "
-                             "costs accuracy; use the name with -quickgelu")
-        try:
-            file = open_clip.download_pretrained(source) if tag in tags else tag
-            open_clip.load_checkpoint(clip, file)
-        except Exception as error:     # the network, the hub, the disk, or a file of something else
-            raise InputError(f"cannot load {tag!r} into {name}: {shorten(str(error), 200)}. Give a "
-                             f"file (from {source.get('hf_hub') or source.get('url')}), none, or a "
-                             f"tag: {', '.join(tags)}") from None
-    return clip, source["mean"], source["std"]
+        if pretrained not in ("auto", "none", None):
+            raise InputError("the tiny backbone has no pretrained weights")
+        model = open_clip.CustomTextCLIP(**TINY)
+        # Otherwise patch embeddings swamp the positions.
+        model.visual.positional_embedding.data *= 4
+        return model, statistics["mean"], statistics["std"]
 
+    config = backbone_config(name)
+    model = open_clip.CustomTextCLIP(**config)
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    default = "webli" if "webli" in tags else "openai"
+    if pretrained == "auto":
+        pretrained = default
+
+    # A file, or no weights, gets the mean and std of the default weights.
+    tag = pretrained if pretrained in tags else default
+    tag_config = open_clip.get_pretrained_cfg(name, tag)
+    statistics.update(tag_config)
+    tag_gelu = tag_config.get("quick_gelu", False)
+    if pretrained in tags and tag_gelu != config.get("quick_gelu", False):
+        raise InputError(f"weights {tag!r} and backbone {name!r} differ in QuickGELU, "
+                         "which costs accuracy; use the name with -quickgelu")
+    if pretrained in (None, "none"):
+        return model, statistics["mean"], statistics["std"]
+
+    try:
+        file = pretrained
+        if pretrained in tags:
+            file = open_clip.download_pretrained(tag_config)
+        load_weights(model, file)
+    except Exception as error:
+        # The network, the hub and the file can fail in many ways.
+        is_clear = isinstance(error, (OSError, ValueError))
+        reason = shorten(str(error), 150) if is_clear else "not a whole file of weights"
+        raise InputError(
+            f"cannot load {pretrained!r} into {name}: {reason}. Give a file of OpenAI or "
+            f"open_clip, none, or a tag: {', '.join(tags)}") from None
+    return model, statistics["mean"], statistics["std"]
+
+def backbone_config(name):
+    """open_clip's description of a model that is built like CLIP or SigLIP."""
+    config = open_clip.get_model_config(name)
+    if config is None:
+        similar = difflib.get_close_matches(name, ["tiny", *open_clip.list_models()])
+        raise InputError(f"unknown backbone {name!r}; similar names: {', '.join(similar)}")
+
+    is_resnet = isinstance(config["vision_cfg"].get("layers"), list)
+    is_coca = "multimodal_cfg" in config
+    # The temporal layers are text layers, so texts must be as wide as the embedding.
+    same_width = config["text_cfg"].get("width") == config["embed_dim"]
+    if is_resnet or is_coca or not same_width:
+        raise InputError(f"backbone {name!r} is not supported: not built like CLIP")
+    config.pop("custom_text", None)  # CustomTextCLIP takes no such argument
+    return config
+
+# What torch's safe loader must let pass: a checkpoint of open_clip holds the epoch and
+# the best result as NumPy numbers.
+NUMPY_NUMBERS = [np.dtype, *(type(np.dtype(kind)) for kind in "?ilfd"),
+                 np._core.multiarray.scalar,
+                 (np._core.multiarray.scalar, "numpy.core.multiarray.scalar")]
+
+def load_weights(model, file):
+    """Load OpenAI's TorchScript archive, or what open_clip or safetensors saved, into an
+    open_clip model. Nothing in the file is executed."""
+    names = zipfile.ZipFile(file).namelist() if zipfile.is_zipfile(file) else []
+    is_torchscript = any(name.endswith("/constants.pkl") for name in names)
+    if is_torchscript:
+        weights = torch.jit.load(file, map_location="cpu").state_dict()
+    else:
+        with torch.serialization.safe_globals(NUMPY_NUMBERS):
+            weights = open_clip.factory.load_state_dict(file)
+    if "positional_embedding" in weights:  # OpenAI's names
+        weights = open_clip.model.convert_to_custom_text_state_dict(weights)
+
+    # If a tensor is missing, say what the file seems to be.
+    kind = "a model of another size"
+    if any("text_model." in name for name in weights):
+        kind = "a model of the transformers library"
+    if any(name.startswith("clip.") for name in weights):
+        kind = "a fine-tuned CLIP4Clip model"
+    for name, tensor in model.state_dict().items():
+        fits = name in weights and weights[name].shape == tensor.shape
+        if not fits and not name.startswith("logit_"):
+            raise ValueError(f"it seems to hold {kind}: no {name} {tuple(tensor.shape)}")
+    model.load_state_dict(weights, strict=False)
+
+# ---- Temporal transformer (sections 4.1, 4.2)
 class TemporalTransformer(nn.Module):
-    """Contextualises the frames of a video (sections 4.1, 4.2): f (B, N, d) -> (B, N + E, d).
-    The layers start as the text encoder's first ones, weights included (the paper is silent on the
-    weights; CLIP4Clip, X-CLIP and DRL do this). If there are more, they repeat from its first."""
+    """Contextualizes the frames of a video: f (B, N, d) -> (B, N + E, d).
+
+    The layers are copies of the text encoder's first ones. The paper is silent on their
+    weights; CLIP4Clip, X-CLIP and DRL copy them too. If there are too few, they repeat."""
     def __init__(self, config, text):
         super().__init__()
         blocks, d = text.transformer.resblocks, text.output_dim
-        layers = [copy.deepcopy(blocks[i % len(blocks)]) for i in range(config.temporal_layers)]
-        self.blocks = nn.ModuleList(layers)
-        size = 0.9 if config.backbone == "tiny" else 0.3     # near the features' size; paper silent
-        self.frame_positions = nn.Parameter(size * torch.randn(config.num_frames, d))
-        self.visual_expansion = nn.Parameter(0.02 * torch.randn(config.visual_expansion, d))
+        self.blocks = nn.ModuleList(copy.deepcopy(blocks[i % len(blocks)])
+                                    for i in range(config.temporal_layers))
+        # Frame positions start as the text encoder's first ones, as in CLIP4Clip, DRL,
+        # X-CLIP and UATVR (the paper is silent). The tiny model is untrained, and learns
+        # motion faster from positions that are as large as its features.
+        positions = text.positional_embedding[:config.num_frames].detach().clone()
+        if config.backbone == "tiny":
+            positions = 0.9 * torch.randn_like(positions)
+        self.frame_positions = nn.Parameter(positions)  # (num_frames, d)
+        expansion = 0.02 * torch.randn(config.visual_expansion, d)
+        self.visual_expansion = nn.Parameter(expansion)  # (E, d)
 
     def forward(self, f):
-        e = self.visual_expansion.expand(len(f), -1, -1)          # (B, E, d)
-        x = torch.cat([f + self.frame_positions[:f.shape[1]], e], dim=1)  # (B, N + E, d)
-        for block in self.blocks:                            # no mask: every frame sees every frame
+        expansion = self.visual_expansion.expand(len(f), -1, -1)  # (B, E, d)
+        positions = self.frame_positions[:f.shape[1]]  # (N, d)
+        x = torch.cat([f + positions, expansion], dim=1)  # (B, N + E, d)
+        # No mask: every frame sees every frame.
+        for block in self.blocks:
             x = block(x)
-        return x + torch.cat([f, e], dim=1)             # a residual, as in CLIP4Clip (paper silent)
+        # A residual around all layers, as in CLIP4Clip (the paper is silent).
+        return x + torch.cat([f, expansion], dim=1)
+
+# ---- Model (Figure 2)
+CHOICES = dict(interaction=("mms", "mp"), loss=LOSSES, loss_form=("dual", "combined"))
 
 class VideoColBERT(nn.Module):
-    """The query encoder, frame encoder and temporal transformer of Figure 2, and the loss. Q, F and
-    V are float32 unit vectors, also under autocast. `image_size` is the side of a frame in pixels,
-    `width` is d. Raises InputError for settings that no model can have."""
+    """The query encoder, frame encoder and temporal transformer of Figure 2.
+
+    Q, F and V are float32 unit vectors, also under autocast. `image_size` is the side of
+    a frame in pixels, `width` is d. Raises InputError for invalid settings."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        for name, known in (("interaction", ("mms", "mp")), ("loss", LOSSES),
-                            ("loss_form", ("dual", "combined"))):
-            if (value := getattr(config, name)) not in known:
-                raise InputError(f"{name} must be {' or '.join(known)}, not {value}")
-        if min(config.num_frames, config.temporal_layers) < 1 or config.visual_expansion < 0:
-            raise InputError("num_frames and temporal_layers must be 1 or more, visual_expansion 0")
-        self.clip, mean, std = load_backbone(config.backbone, config.pretrained)
-        for name, p in self.clip.named_parameters():
-            p.requires_grad = not (config.freeze and name.startswith(FROZEN))
-        self.clip.logit_scale = self.clip.logit_bias = None       # ours are below
-        text, self.image_size = self.clip.text, self.clip.visual.image_size[0]
-        self.width, longest = text.output_dim, text.context_length
-        self.is_siglip = text.pool_type == "last"      # no causal mask, always padded to its length
-        self.num_tokens = longest if self.is_siglip else config.num_tokens
-        if not 3 <= self.num_tokens <= longest:
-            raise InputError(f"num_tokens must be 3 to {longest}, not {self.num_tokens}")
+        for name, choices in CHOICES.items():
+            if getattr(config, name) not in choices:
+                raise InputError(f"{name} must be {' or '.join(choices)}, "
+                                 f"not {getattr(config, name)}")
+        if config.temporal_layers < 1 or config.visual_expansion < 0:
+            raise InputError("temporal_layers must be 1 or more, "
+                             "visual_expansion 0 or more")
+
+        self.backbone, mean, std = load_backbone(config.backbone, config.pretrained)
+        for name, parameter in self.backbone.named_parameters():
+            parameter.requires_grad = not (config.freeze and name.startswith(FROZEN))
+        # The loss has a scale and a bias of its own, below.
+        self.backbone.logit_scale = None
+        self.backbone.logit_bias = None
+        # Frames have values from 0 to 255.
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1))
+        self.image_size = self.backbone.visual.image_size[0]
+
+        text = self.backbone.text
+        self.width = text.output_dim
+        # SigLIP pools its last token, and pads its queries to their full length.
+        self.is_siglip = text.pool_type == "last"
+        self.num_tokens = text.context_length if self.is_siglip else config.num_tokens
+        if not 3 <= self.num_tokens <= text.context_length:
+            raise InputError(f"num_tokens must be 3 to {text.context_length}")
+        if not 1 <= config.num_frames <= text.context_length:
+            raise InputError(f"num_frames must be 1 to {text.context_length}")
         if not 0 <= config.pad_token < text.token_embedding.num_embeddings:
             raise InputError(f"pad_token cannot be {config.pad_token}")
-        self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1))  # saved with the model
-        self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1))
+
         self.temporal = TemporalTransformer(config, text)
-        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale))
-        self.logit_bias = nn.Parameter(torch.tensor(config.logit_bias))
-        self.logit_scale.requires_grad = self.logit_bias.requires_grad = config.learn_scale
+        is_learned = config.learn_scale
+        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale), is_learned)
+        self.logit_bias = nn.Parameter(torch.tensor(config.logit_bias), is_learned)
+        self.norms_checked = False
 
     @property
     def device(self):
@@ -217,304 +310,312 @@ class VideoColBERT(nn.Module):
         name = "ViT-B-32" if self.config.backbone == "tiny" else self.config.backbone
         try:
             return open_clip.get_tokenizer(name)
-        except Exception as error:                        # SigLIP's comes from the hub on first use
-            hub_name = open_clip.get_model_config(name)["text_cfg"].get("hf_tokenizer_name")
-            raise InputError(f"no tokenizer {hub_name}: fetch it once with a network "
-                             f"({shorten(str(error), 200)})") from None
+        except OSError:
+            raise InputError(f"the tokenizer of {name} needs a network once") from None
 
     def real_tokens(self, ids):
         """ids (A, M) -> bool (A, M): True for start, words and end, False for pads."""
-        tokenizer = self.tokenizer
-        end = tokenizer.tokenizer.eos_token_id if self.is_siglip else tokenizer.eot_token_id
-        position = torch.arange(ids.shape[1], device=ids.device)  # (M,)
-        return position <= (ids == end).int().argmax(1, keepdim=True)
+        if self.is_siglip:
+            end = self.tokenizer.tokenizer.eos_token_id
+        else:
+            end = self.tokenizer.eot_token_id
+        # argmax finds the first of equal values.
+        first_end = (ids == end).int().argmax(dim=1, keepdim=True)  # (A, 1)
+        return torch.arange(ids.shape[1], device=ids.device) <= first_end
 
     def tokenize(self, texts):
-        """A strings -> ids int64 (A, M), mask bool (A, M) of the tokens that count: with query
-        augmentation all, with mean pooling the one that CLIP or SigLIP pools. A caption that is too
-        long is cut and keeps its end token.
-        """
+        """A strings -> ids int64 (A, M), mask bool (A, M) of the tokens that count.
+
+        With query augmentation (section 4.2) all count, without it all but the pads. With
+        mean pooling only the pooled token counts. A caption that is cut keeps its end."""
         ids = self.tokenizer(texts, context_length=self.num_tokens)  # (A, M)
-        real = self.real_tokens(ids)
+        mask = self.real_tokens(ids)
         if not self.is_siglip:
-            ids = ids.where(real, self.config.pad_token)
+            ids = ids.where(mask, self.config.pad_token)
+
         if self.config.interaction == "mp":
-            last = torch.full((len(ids),), ids.shape[1]) if self.is_siglip else real.sum(1)
-            return ids, torch.arange(ids.shape[1]) == last[:, None] - 1
-        return ids, real | self.config.query_augmentation
+            # CLIP pools the end token, the last real one; SigLIP pools the last of all.
+            pooled = mask.sum(dim=1) - 1  # (A,)
+            if self.is_siglip:
+                pooled = torch.full_like(pooled, self.num_tokens - 1)
+            mask = one_hot(pooled, self.num_tokens).bool()
+        elif self.config.query_augmentation:
+            mask = torch.ones_like(mask)
+        return ids, mask
 
     def encode_query(self, ids, mask):
-        """ids (A, M), mask (A, M) from tokenize -> Q float32 (A, M, d), unit vectors, 0 if masked.
-        open_clip projects one token; here all are. CLIP's causal mask hides pads from the words.
-        """
-        text, M = self.clip.text, ids.shape[1]
+        """ids, mask (A, M) from tokenize -> Q (A, M, d): unit vectors, and 0 for tokens
+        that do not count. open_clip projects one token; here all are. CLIP's causal mask
+        hides pads from the words."""
+        text = self.backbone.text
+        M = ids.shape[1]
         causal = None if text.attn_mask is None else text.attn_mask[:M, :M]
         x = text.token_embedding(ids) + text.positional_embedding[:M]  # (A, M, d)
         x = text.ln_final(text.transformer(x, attn_mask=causal))
+        # SigLIP's projection is a layer, CLIP's is a matrix.
         project = text.text_projection
         x = project(x) if isinstance(project, nn.Linear) else x @ project
-        return normalize(x.float(), dim=-1) * mask[..., None]     # (A, M, d)
+        return normalize(x.float(), dim=-1) * mask[..., None]  # (A, M, d)
 
     def encode_video(self, frames):
-        """uint8 RGB frames (B, N, 3, image_size, image_size), N at most num_frames -> F (B, N, d),
-        V (B, N + E, d). Raises ValueError for frames of another shape or type."""
-        (B, N, *pixels), most, size = frames.shape, self.config.num_frames, self.image_size
-        if frames.dtype != torch.uint8 or not 1 <= N <= most or pixels != [3, size, size]:
-            raise ValueError(f"frames must be uint8 (B, 1 to {most}, 3, {size}, {size}), not "
-                             f"{frames.dtype} {tuple(frames.shape)}")
-        images = frames.flatten(0, 1).float().sub_(self.mean).div_(self.std)  # (B N, 3, H, W)
-        f = self.clip.visual(images).view(B, N, -1)      # [CLS] for CLIP, attention pool for SigLIP
-        return normalize(f.float(), dim=-1), normalize(self.temporal(f).float(), dim=-1)
+        """uint8 RGB frames (B, N, 3, image_size, image_size), N at most num_frames ->
+        F (B, N, d), V (B, N + E, d). Raises ValueError for other frames."""
+        B, N, *picture = frames.shape
+        most, size = self.config.num_frames, self.image_size
+        has_shape = B > 0 and 1 <= N <= most and picture == [3, size, size]
+        if frames.dtype != torch.uint8 or not has_shape:
+            raise ValueError(
+                f"frames must be uint8 (B, 1 to {most}, 3, {size}, {size}), "
+                f"not {frames.dtype} {tuple(frames.shape)}")
+
+        images = frames.flatten(0, 1).float()  # (B N, 3, H, W)
+        images = images.sub_(self.mean).div_(self.std)
+        # CLIP's projected [CLS] token; SigLIP has none and pools by attention.
+        f = self.backbone.visual(images).view(B, N, -1)  # (B, N, d)
+        v = self.temporal(f)  # (B, N + E, d)
+        expected = (B, N + self.config.visual_expansion, self.width)
+        assert v.shape == expected, f"temporal: {tuple(v.shape)}, not {expected}"
+        return normalize(f.float(), dim=-1), normalize(v.float(), dim=-1)
 
     def similarities(self, Q, mask, F, V):
-        """Q (A, M, d), mask (A, M), F (B, N, d), V (B, N + E, d) -> MMS_F (A, B), MMS_V (A, B).
-        For mean pooling (equation 1) the mask keeps one token and F and V become one vector each.
-        """
+        """Q (A, M, d), mask (A, M), F (B, N, d), V (B, N + E, d) -> MMS_F, MMS_V (A, B).
+        With mean pooling (equation 1) one token counts, and a video is one vector."""
+        # A forgotten normalize would train badly in silence: check the first batch.
+        if not self.norms_checked:
+            for x in (Q[mask], F, V):
+                is_unit = (x.norm(dim=-1) - 1).abs() < 1e-3
+                assert is_unit.all(), "Q, F and V must have unit length: normalize them"
+            self.norms_checked = True
+
         if self.config.interaction == "mp":
-            V = normalize(V[:, :F.shape[1]].mean(1, keepdim=True), dim=-1)  # without expansion
-            F = normalize(F.mean(1, keepdim=True), dim=-1)        # (B, 1, d)
+            # The mean of the frames, without expansion tokens.
+            N = F.shape[1]
+            F = normalize(F.mean(dim=1, keepdim=True), dim=-1)  # (B, 1, d)
+            V = normalize(V[:, :N].mean(dim=1, keepdim=True), dim=-1)  # (B, 1, d)
         return mean_max_sim(Q, F, mask), mean_max_sim(Q, V, mask)
 
-    def loss(self, Q, mask, F, V, positives=None):
-        """Arguments as in `similarities`, positives (A, B) -> loss, MMS_F (A, B), MMS_V (A, B)."""
-        c, loss = self.config, LOSSES[self.config.loss]
-        scale = dict(logit_scale=self.logit_scale, logit_bias=self.logit_bias)
+    def compute_loss(self, Q, mask, F, V, positives=None):
+        """The arguments of `similarities`, and positives (A, B), by default the diagonal
+        -> loss, MMS_F (A, B), MMS_V (A, B)."""
         sim_F, sim_V = self.similarities(Q, mask, F, V)
-        if c.loss_form == "combined":                             # one loss on MMS_FV, Table 4
-            return loss(mms_fv(sim_F, sim_V), positives, **scale), sim_F, sim_V
-        total = dual_loss(sim_F, sim_V, positives, loss, c.lambda_frame, c.lambda_video, **scale)
-        return total, sim_F, sim_V
+        criterion = LOSSES[self.config.loss]
+        scale, bias = self.logit_scale, self.logit_bias
+
+        if self.config.loss_form == "combined":
+            loss = criterion(mms_fv(sim_F, sim_V), positives, scale, bias)
+        else:
+            # Equation 7: each level has its own loss, so each must rank well alone.
+            loss_F = criterion(sim_F, positives, scale, bias)
+            loss_V = criterion(sim_V, positives, scale, bias)
+            loss = self.config.lambda_frame * loss_F + self.config.lambda_video * loss_V
+        return loss, sim_F, sim_V
 
     def forward(self, ids, mask, frames, positives=None):
-        """A batch's training loss, MMS_F and MMS_V; arguments as above."""
-        return self.loss(self.encode_query(ids, mask), mask, *self.encode_video(frames), positives)
+        """A batch's loss, MMS_F and MMS_V; arguments as above."""
+        Q = self.encode_query(ids, mask)
+        F, V = self.encode_video(frames)
+        return self.compute_loss(Q, mask, F, V, positives)
 
     def save(self, folder):
-        """Write config.json and model.safetensors into `folder`, each completely or not at all."""
-        weights = {name: p.detach().cpu().contiguous() for name, p in self.state_dict().items()}
-        config = {f.name: getattr(self.config, f.name) for f in fields(Config)}
-        write_file(Path(folder, "model.safetensors"), safetensors.torch.save(weights))
-        write_file(Path(folder, "config.json"), json.dumps(config, indent=2).encode())
+        """Write config.json and model.safetensors into `folder`."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        # A training run has more settings than the model.
+        names = [field.name for field in fields(Config)]
+        config = {name: getattr(self.config, name) for name in names}
+        Path(folder, "config.json").write_text(json.dumps(config, indent=2))
+        weights = safetensors.torch.save(self.state_dict())
+        Path(folder, "model.safetensors").write_bytes(weights)
 
     @classmethod
     def load(cls, folder):
-        """The model that `save` wrote, in eval mode. Raises InputError if the folder holds none."""
-        config = read_settings(Config, Path(folder, "config.json"))
-        model = cls(replace(config, pretrained=None))             # its weights are in the folder
+        """What `save` wrote, in eval mode. Raises InputError if there is no model."""
         try:
-            model.load_state_dict(safetensors.torch.load_file(Path(folder, "model.safetensors")))
-        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-            raise InputError(f"{folder} holds no model: {shorten(str(error), 200)}") from None
+            config = Config(**json.loads(Path(folder, "config.json").read_text()))
+            weights = safetensors.torch.load_file(Path(folder, "model.safetensors"))
+            # Its weights are here: none are downloaded.
+            model = cls(replace(config, pretrained=None))
+            model.load_state_dict(weights)
+        except (OSError, ValueError, TypeError, RuntimeError,
+                safetensors.SafetensorError) as error:
+            reason = shorten(str(error), 200)
+            raise InputError(f"{folder} holds no model: {reason}") from None
         model.config = config
         return model.eval()
 
-def read_settings(cls, path):
-    """A settings dataclass from JSON. Missing fields get their default; InputError for others."""
+# ---- Frames of a video file (section 5.2)
+@contextlib.contextmanager
+def open_video(path):
+    """-> container, video stream, and whether the file stores the times of its frames
+    exactly. If not, as in AVI, a frame's number is its time. Raises VideoError."""
     try:
-        return cls(**json.loads(Path(path).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path} does not hold settings: {shorten(str(error), 200)}") from None
+        with av.open(str(path), metadata_errors="ignore") as container:
+            stream = container.streams.best("video")
+            cover = av.stream.Disposition.attached_pic  # a picture in an audio file
+            if not stream or not stream.codec_context or stream.disposition & cover:
+                raise VideoError(f"{path}: no video stream of a known codec")
+            # Many videos are decoded at once, each by one thread.
+            stream.codec_context.thread_count = 1
+            timed_formats = ("mov", "matroska", "mpegts", "flv")
+            yield container, stream, container.format.name.startswith(timed_formats)
+    except (av.FFmpegError, OSError) as error:
+        raise VideoError(f"{path}: {error.strerror or error}") from None
 
-def write_file(path, *parts):
-    """Write bytes to a file, completely or not at all, and make its folder. Raises InputError."""
-    temporary = Path(f"{path}.{threading.get_native_id()}.part")
-    try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.writelines(parts)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise InputError(f"{path}: {error.strerror}") from None
-
-# ---- Frames of a video file (section 5.2) --------------------------------------------------------
-SEEKABLE = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts", "flv")  # others have rough times
+def decode(path, start=None):
+    """Yield (time in ticks, frame), starting at a keyframe before `start` if given."""
+    with open_video(path) as (container, stream, is_timed):
+        if start is not None:
+            container.seek(start, stream=stream)
+        for number, frame in enumerate(container.decode(stream)):
+            time = frame.pts if is_timed else number
+            if time is not None:
+                yield time, frame
 
 def frame_times(path):
-    """-> times of the frames in ticks, sorted; the end of the last; seconds per tick; (pts, dts) of
-    the keyframes to seek to, or None if a file has no times: then ticks count its frames."""
-    with av.open(str(path), metadata_errors="ignore") as container:
-        stream = container.streams.best("video")
-        if stream is None or stream.codec_context is None:
-            raise InputError(f"{path}: no video stream of a known codec")
-        can_seek = container.format.name in SEEKABLE
-        packets = [(p.pts, p.duration or 0, p.dts or p.pts, p.is_keyframe and can_seek)
-                   for p in container.demux(stream) if p.size and not p.is_discard]
-        rate = stream.average_rate or 25
-        if packets and all(pts is not None for pts, *_ in packets):
-            ticks = sorted(pts for pts, *_ in packets)
-            length = max(packets)[1] or (ticks[-1] - ticks[0]) // len(ticks) or 1
-            keys = sorted((pts, dts) for pts, _, dts, is_keyframe in packets if is_keyframe)
-            return ticks, ticks[-1] + length, float(stream.time_base), keys
-    with av.open(str(path), metadata_errors="ignore") as container:
-        count = sum(1 for _ in container.decode(container.streams.best("video")))
-    return list(range(count)), count, float(1 / rate), None
+    """-> the sorted times of the frames, and the end of the last, in ticks; the seconds
+    per tick; whether times are exact. Files that store all times are not decoded."""
+    with open_video(path) as (container, stream, is_timed):
+        tick = stream.time_base if is_timed else 1 / (stream.average_rate or 25)
+        packets = [(packet.pts, packet.duration) for packet in container.demux(stream)
+                   if packet.size and not packet.is_discard]
+    if not is_timed or any(time is None for time, _ in packets):
+        packets = [(time, 0) for time, _ in decode(path)]
+    if not packets:
+        raise VideoError(f"{path}: no frame can be decoded")
 
-def upright_pixels(frame, size):
-    """A decoded frame as uint8 (size, size, 3), turned and mirrored as its display matrix says."""
-    pixels = frame.to_ndarray(width=size, height=size, format="rgb24", interpolation="BICUBIC")
+    times = np.sort([time for time, _ in packets])
+    last = max(packets, key=lambda packet: packet[0])
+    duration = last[1]
+    if not duration:
+        # The mean distance of frames, and at least a tick.
+        duration = max(1, (times[-1] - times[0]) // len(times))
+    return times, times[-1] + duration, float(tick), is_timed
+
+def sample_times(path, timing, num_frames, start=0.0, end=None):
+    """The times, (num_frames,) in ticks, of the frames that sample_frames takes.
+    `timing` is what frame_times returns."""
+    times, end_tick, tick, _ = timing
+    duration = float(end_tick - times[0]) * tick
+    end = duration if end is None else min(end, duration)
+    if num_frames < 1 or not start < end:
+        raise VideoError(f"{path}: no {num_frames} frames between {start} and {end} s")
+
+    middles = start + (np.arange(num_frames) + 0.5) / num_frames * (end - start)
+    # Rounded, because 0.3 seconds may come out just before the frame at 0.3 seconds.
+    moments = times[0] + np.round(middles / tick, 3)
+    # On screen is the last frame that has appeared.
+    return times[np.searchsorted(times, moments, side="right") - 1]
+
+def frames_at(path, timing, wanted, size):
+    """The frames on screen at the sorted times `wanted` -> uint8 (N, 3, size, size)."""
+    # Frames that are hundreds of frames apart are reached by one seek each, others by
+    # decoding all between them.
+    times = timing[0]
+    between = np.searchsorted(times, wanted[-1]) - np.searchsorted(times, wanted[0])
+    groups = [wanted]
+    if between > 500 * len(wanted):
+        groups = np.split(wanted, len(wanted))
+
+    scaler, pixels = VideoReformatter(), []
+    for group in groups:
+        start = seek_time(path, timing, int(group[0]))
+        for frame in on_screen(path, start, group):
+            pixels.append(upright_pixels(frame, size, scaler))
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
+
+def seek_time(path, timing, wanted):
+    """The time to seek to in order to see the frame at `wanted`; None is the beginning.
+
+    A seek should arrive at a keyframe before that time. If it does not, as in MPEG-TS, it
+    is tried again from 10 seconds earlier; after that everything is decoded."""
+    times, _, tick, is_timed = timing
+    for seconds in (0, 10):
+        start = wanted - round(seconds / tick)
+        if not is_timed or start <= times[0]:
+            return None
+        time, frame = next(decode(path, start), (None, None))
+        if frame and frame.key_frame and time <= wanted:
+            return start
+    return None
+
+def on_screen(path, start, wanted):
+    """Yield the frame that is on screen at each of the sorted times `wanted`."""
+    shown, position = None, 0
+    for time, frame in decode(path, start):
+        # Until this frame appears, the one before it is on screen.
+        while shown and position < len(wanted) and wanted[position] < time:
+            yield shown
+            position += 1
+        if position == len(wanted):
+            return
+        shown = frame
+    if shown is None:
+        raise VideoError(f"{path}: no frame can be decoded")
+    # The last frame stays.
+    yield from [shown] * (len(wanted) - position)
+
+def upright_pixels(frame, size, scaler):
+    """A frame as uint8 (size, size, 3), turned as its display matrix says."""
+    frame_rgb = scaler.reformat(
+        frame, size, size, "rgb24", interpolation="BICUBIC", threads=1)
+    pixels = frame_rgb.to_ndarray()
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return pixels
-    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5]           # x' = a x + c y, y' = b x + d y
-    if abs(b) > abs(a):                                           # x and y change places
-        pixels, a, d = pixels.swapaxes(0, 1), c, b
-    return pixels[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
 
-def sample_times(path, times, num_frames, start=0.0, end=None):
-    """The times in ticks, (num_frames,), of the frames that sample_frames takes."""
-    ticks, last, tick, _ = times
-    zero = ticks[0] if ticks else last
-    first, last = zero + start / tick, last if end is None else min(last, zero + end / tick)
-    if not first < last:
-        raise InputError(f"{path}: no frames between start {start} and end {end}, in seconds")
-    middles = first + (np.arange(num_frames) + 0.5) / num_frames * (last - first)
-    return np.array(ticks)[np.searchsorted(ticks, middles, side="right") - 1]
-
-def frames_from(container, stream, pts, dts):
-    """Yield (time, frame) from a keyframe on. Whatever comes before it is dropped."""
-    with contextlib.suppress(av.FFmpegError):
-        container.seek(dts, stream=stream)                        # or to some packet before it
-    for packet in itertools.dropwhile(lambda packet: packet.pts != pts, container.demux(stream)):
-        for frame in packet.decode():
-            if frame.pts is not None:
-                yield frame.pts, frame
-
-def frames_at(path, wanted, keys, size):
-    """Yield the pixels on screen at each of the sorted ticks `wanted`, seeking to one of the `keys`
-    where that skips frames. If seeking misses it, the rest is decoded from the beginning."""
-    with av.open(str(path), metadata_errors="ignore") as container:
-        stream = container.streams.best("video")
-        timed = enumerate(container.decode(stream)) if keys is None else (
-            (frame.pts, frame) for frame in container.decode(stream) if frame.pts is not None)
-        shown, now, coming = None, -np.inf, None   # the frame on screen; time and frame to come
-        for i, tick in enumerate(wanted):
-            key = keys[max(0, bisect.bisect(keys, (tick, np.inf)) - 1)] if keys else None
-            if key and key[0] > max(now, keys[0][0]):
-                timed = frames_from(container, stream, *key)
-                now, coming = next(timed, (None, None))
-                if now != key[0]:
-                    yield from frames_at(path, wanted[i:], [], size)
-                    return
-            while now <= tick:
-                shown = coming
-                now, coming = next(timed, (np.inf, None))
-            if not (shown or coming):
-                raise InputError(f"{path}: no frame can be decoded")
-            yield upright_pixels(shown or coming, size)
+    # x' = a x + c y, y' = b x + d y. Where b outweighs a, x and y change places.
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5]
+    x_sign, y_sign = a, d
+    if abs(b) > abs(a):
+        pixels = pixels.swapaxes(0, 1)
+        x_sign, y_sign = c, b
+    if x_sign < 0:
+        pixels = pixels[:, ::-1]
+    if y_sign < 0:
+        pixels = pixels[::-1]
+    return pixels
 
 def sample_frames(path, num_frames, size, start=0.0, end=None):
-    """TSN-style sampling of a video, or of its part from `start` to `end` in seconds: the frame on
-    screen in the middle (the paper is silent on where) of each of `num_frames` equal segments
-    -> uint8 (num_frames, 3, size, size), RGB, resized without keeping the aspect ratio. Clips with
-    fewer frames repeat them. Raises InputError, which names the file, if no frame can be had."""
-    try:
-        times = frame_times(path)
-        wanted = sample_times(path, times, num_frames, start, end)
-        frames = np.stack(list(frames_at(path, wanted, times[3], size)))
-    except (av.FFmpegError, OSError) as error:
-        raise InputError(f"{path}: {error.strerror or error}") from None
-    return torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()  # (N, 3, size, size)
+    """TSN-style sampling of a video, or of its part from `start` to `end` in seconds: the
+    frame on screen in the middle (the paper is silent on where) of each of `num_frames`
+    equal segments -> uint8 RGB (num_frames, 3, size, size), resized without keeping the
+    aspect ratio. Raises VideoError."""
+    timing = frame_times(path)
+    wanted = sample_times(path, timing, num_frames, start, end)
+    return frames_at(path, timing, wanted, size)
 
-# ---- Metrics (section 5.3) -----------------------------------------------------------------------
-def ranks(sim, target):
-    """sim (A, B), each query's relevant video (A,) -> its rank int (A,), 1 is best. A tie counts
-    against the model: the rank is the number of videos that score at least as high."""
-    return (sim >= sim.gather(1, target[:, None])).sum(1)
+# ---- Metrics (section 5.3)
+def ranks(sim):
+    """sim (A, B) -> the rank of each video for each query, int (A, B), 1 is best. Ties
+    count against the model: a rank is the number of videos with at least that score."""
+    ascending = sim.sort(dim=1).values
+    number_below = torch.searchsorted(ascending, sim.contiguous())  # (A, B)
+    return sim.shape[1] - number_below
 
 def retrieval_metrics(sim, target):
-    """sim (A, B), target int (A,) as in `ranks` -> R@1, R@5, R@10 in percent, nDCG@10 from 0 to 1,
-    median and mean rank MdR and MnR, a dict. Raises ValueError for NaN and for no queries."""
+    """sim (A, B), the index of each query's video (A,) -> R@1, R@5, R@10 in percent,
+    nDCG@10 from 0 to 1, median and mean rank. ValueError for NaN and for no queries."""
     sim, target = torch.as_tensor(sim), torch.as_tensor(target, dtype=torch.int64)
     if len(sim) == 0 or sim.isnan().any():
-        raise ValueError("there are no queries to evaluate, or the similarities hold NaN")
-    rank = ranks(sim, target).double()                            # (A,)
-    recall = {f"R@{k}": 100 * (rank <= k).double().mean().item() for k in (1, 5, 10)}
+        raise ValueError("there are no queries, or the similarities hold NaN")
+
+    rank = ranks(sim).gather(1, target[:, None]).flatten().double()  # (A,)
+    metrics = {f"R@{k}": 100 * (rank <= k).double().mean().item() for k in (1, 5, 10)}
+    # A query has one relevant video.
     gain = torch.where(rank <= 10, 1 / torch.log2(1 + rank), 0)
-    return {**recall, "nDCG@10": gain.mean().item(),
-            "MdR": rank.quantile(0.5).item(), "MnR": rank.mean().item()}
+    metrics["nDCG@10"] = gain.mean().item()
+    metrics["MdR"] = rank.quantile(0.5).item()
+    metrics["MnR"] = rank.mean().item()
+    return metrics
 
 def video_to_text(sim, target):
-    """sim (A, B), target (A,) -> sim (G, G), target (G,): each of the G videos that have captions
-    ranks the G groups of captions. A group scores as its best caption, as usual since CLIP4Clip."""
-    videos, group = torch.as_tensor(target).unique(return_inverse=True)  # (G,), (A,)
+    """sim (A, B), target (A,) -> sim (G, G) of the G videos that have captions with their
+    G groups of captions; true pairs are on the diagonal. A group scores as its best
+    caption, as usual since CLIP4Clip."""
+    videos, group = target.unique(return_inverse=True)  # (G,), (A,)
     best = sim.new_full((len(videos), sim.shape[1]), -torch.inf)  # (G, B)
-    best = best.scatter_reduce(0, group[:, None].expand_as(sim), sim, "amax")
-    return best.T[videos], torch.arange(len(videos))
+    best.scatter_reduce_(0, group[:, None].expand_as(sim), sim, "amax")
+    return best.T[videos]
 
 def reciprocal_rank_fusion(sim_F, sim_V, k=60):
-    """Similarities (A, B) twice -> the sum of 1 / (k + rank) (section 6); ties count as misses."""
-    def rank(sim):                                                # 1 is best, ties rank last
-        return sim.shape[1] - torch.searchsorted(sim.sort(1).values, sim.contiguous())
-    return 1 / (k + rank(sim_F).double()) + 1 / (k + rank(sim_V).double())
-
-def result_rows(sim_F, sim_V, target, interaction="mms"):
-    """Metrics of Table 3's scores, text to video and video to text -> a list of dictionaries."""
-    to_video, rows, name = (sim_F, sim_V, mms_fv(sim_F, sim_V)), [], interaction.upper()
-    to_text, targets = zip(*(video_to_text(sim, target) for sim in to_video))
-    for direction, sims, goal in (("text to video", to_video, target),
-                                  ("video to text", to_text, targets[0])):
-        scores = dict(zip((f"{name}_F", f"{name}_V", f"{name}_FV"), sims))
-        scores["RRF"] = reciprocal_rank_fusion(sims[0], sims[1])
-        row = dict(direction=direction, queries=len(goal))
-        rows += [{**row, "score": s, **retrieval_metrics(scores[s], goal)} for s in scores]
-    return rows
-
-def results_table(result):
-    """{"evaluation": result_rows, "gallery": videos ranked, "missing": videos left out} as text."""
-    missing, rows = result["missing"], result["evaluation"]
-    note = f", {missing} test clips missing: not comparable" if missing else ""
-    lines = [f"gallery of {result['gallery']} clips{note}"]
-    for first, *rest in (rows[0].keys(), *(row.values() for row in rows)):
-        cells = [f"{x:#10.4g}" if isinstance(x, float) else f"{x:>10}" for x in rest]
-        lines.append(f"{first:13}" + "".join(cells))
-    return "\n".join(lines)
-
-# ---- Figure 4: which frame does each word pick, before and after the temporal transformer? ------
-@torch.no_grad()
-def interactions(model, query, frames):
-    """query str, uint8 frames (N, 3, S, S) -> its W words, similarities (W, N) before and after.
-    Subword tokens are averaged. As in the paper's figure, expansion tokens take no part."""
-    F, V = model.encode_video(frames[None].to(model.device))      # (1, N, d), (1, N + E, d)
-    special = int(model.real_tokens(model.tokenize([""])[0]).sum())  # start and end, or only end
-    ids, _ = model.tokenize([query])
-    real = model.real_tokens(ids)
-    Q = model.encode_query(ids.to(model.device), real.to(model.device))[0]  # (M, d)
-    Q = Q[special - 1:int(real.sum()) - 1]                        # (T, d), tokens of the words
-    kept, vectors, first = [], [], 0
-    for word in query.split():
-        length = int(model.real_tokens(model.tokenize([word])[0]).sum()) - special
-        if length and first < len(Q):                             # a long query is cut
-            kept.append(word)
-            vectors.append(Q[first:first + length].mean(0))
-        first += length
-    W = torch.stack(vectors) if vectors else Q[:0]                # (W, d)
-    return kept, W @ F[0].T, W @ V[0, :len(frames)].T
-
-def draw_interactions(rows, side=96):
-    """rows of (title, words, frames (N, 3, S, S), before (W, N), after (W, N)) -> PIL image. A row
-    shows at most 12 frames, those that most words pick: above a frame in green the words that
-    pick it before the temporal transformer, below it in red those that pick it after."""
-    font, strips = ImageFont.load_default(12), []
-    width = 8 + side * max(5, *(min(12, len(frames)) for _, _, frames, _, _ in rows))
-    for title, words, frames, before, after in rows:
-        first, then = before.argmax(1).tolist(), after.argmax(1).tolist()
-        shown = sorted(range(len(frames)), key=lambda n: -(first + then).count(n))[:12]
-        label_height = 10 + 16 * max(picks.count(n) for picks in (first, then) for n in shown)
-        top = 34 + 21 * fill(title, width // 10).count("\n") + label_height
-        strip = Image.new("RGB", (width, top + side + label_height), "white")
-        draw = ImageDraw.Draw(strip)
-        draw.text((8, 8), fill(title, width // 10), "black", ImageFont.load_default(17))
-        for x, n in zip(range(8, width, side), sorted(shown)):
-            picture = Image.fromarray(frames[n].permute(1, 2, 0).cpu().numpy())
-            strip.paste(picture.resize((side - 4, side - 4)), (x, top + 2))
-            for sim, y, anchor, color in ((before, top, "md", "#0a7d28"),
-                                          (after, top + side, "ma", "#c4161c")):
-                best = zip(words, *sim.max(1))
-                lines = [f"{word[:10]} {score:.2f}" for word, score, m in best if m == n]
-                draw.text((x + side // 2 - 2, y), "\n".join(lines), color, font, anchor)
-        strips.append(np.asarray(strip))
-    return Image.fromarray(np.concatenate(strips))
+    """Similarities (A, B) twice -> the sum of 1 / (k + rank), (A, B) (section 6)."""
+    return 1 / (k + ranks(sim_F).double()) + 1 / (k + ranks(sim_V).double())

@@ -1,22 +1,19 @@
 """Speed and memory on this machine, without weights or downloads.
 
-    python -m extras.bench                    the paper's sizes; on a CPU add --batch-size 4
-    python -m extras.bench --memory           what training each of the paper's backbones takes
-    python -m extras.bench --long-video       12 frames of an hour of 720p, against decoding it all
+    python -m extras.bench               the paper's sizes; on a CPU add --batch-size 4
+    python -m extras.bench --memory      what training each of the paper's backbones takes
+    python -m extras.bench --long-video  12 frames of an hour of 720p, against decoding it all
 
-Other flags are train.py's. Clips are those of --data if they are there, else synthetic. Calls that
-are compared take turns, so that a busy machine is busy for all of them: trust the ratios.
+Other flags are train.py's. Clips are those of --data if they are there, else synthetic.
+Calls that are compared take turns, so that a busy machine is equally busy for all of them:
+trust the ratios. With `pip install decord`, decoding is compared with it.
 """
 import argparse
 import io
 import math
-import os
-import re
 import tempfile
 import time
 from dataclasses import replace
-from pathlib import Path
-from unittest import mock
 
 import av
 import numpy as np
@@ -26,19 +23,23 @@ from torch.nn.functional import normalize
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
+from extras.memory import bench_memory, extra_megabytes, random_batch
 from extras.shapes import draw_clip
 from train import Clip, autocast, cached_frames, parse_settings, pick_device, run_main
-from video_colbert import (InputError, VideoColBERT, frame_times, frames_at, mean_max_sim, mms_fv,
-                           sample_frames, sample_times)
+from video_colbert import (
+    InputError, VideoColBERT, frame_times, mean_max_sim, mms_fv, on_screen, sample_frames,
+    sample_times)
 
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}     # dense bf16, from data sheets
-PAPER_BACKBONES = ("ViT-B-32-quickgelu", "ViT-B-16-quickgelu", "ViT-B-16-SigLIP")
-CARDS = (16, 24, 80)                                              # GB
-FREE = 0.9      # share of a card; the rest is for CUDA, buffers, and what the allocator rounds up
+try:
+    import decord
+except ImportError:
+    decord = None
 
-# ---- Measuring -----------------------------------------------------------------------------------
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16, from data sheets
+CPU = torch.device("cpu")
+
 def median_seconds(device, *calls, repeat=5):
-    """Median time of each call. They take turns; the first turn warms up and does not count."""
+    """Median time of each call. They take turns; the first turn warms up."""
     times = [[] for _ in calls]
     for turn in range(repeat + 1):
         for call, record in zip(calls, times):
@@ -49,97 +50,117 @@ def median_seconds(device, *calls, repeat=5):
             record.append(time.perf_counter() - start)
     return [sorted(record[1:])[repeat // 2] for record in times]
 
-def resident_megabytes(name):
-    """VmRSS, resident memory now, or VmHWM, its peak (Linux)."""
-    return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-
-def extra_megabytes(device, call):
-    """Peak memory of a call above what was held before; NaN where it cannot be measured."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
-    if not os.path.exists("/proc/self/clear_refs"):
-        return math.nan
-    Path("/proc/self/clear_refs").write_text("5")                 # the peak is now what is held now
-    before = resident_megabytes("VmRSS")
-    call()
-    return resident_megabytes("VmHWM") - before
-
 def unit_vectors(device, *shape):
     return normalize(torch.randn(*shape, device=device), dim=-1)
 
-def random_batch(s, model, device):
-    """What a training step takes: ids, mask, frames, positives."""
-    B, A, size = s.batch_size, s.batch_size * s.captions_per_video, model.image_size
-    frames = torch.randint(0, 256, (B, s.num_frames, 3, size, size), dtype=torch.uint8,
-                           device=device)
-    ids = torch.randint(2, 30000, (A, model.num_tokens), device=device)
-    video = torch.arange(A, device=device)[:, None] // s.captions_per_video
-    return (ids, torch.ones_like(ids, dtype=torch.bool), frames,
-            video == torch.arange(B, device=device))
+# ---- Speed
+def plain_product(Q, V):
+    """The arithmetic of MeanMaxSim's similarities, as one matrix product."""
+    return Q.flatten(0, 1) @ V.flatten(0, 1).T
 
-# ---- Speed ---------------------------------------------------------------------------------------
-def bench_scores(device, forward_size=1000, both_size=128):
-    """MeanMaxSim against one plain matrix product of the same arithmetic, and against einsum."""
-    Q, V = unit_vectors(device, forward_size, 32, 512), unit_vectors(device, forward_size, 14, 512)
-    with torch.no_grad():
-        mean_max_sim(Q[:20], V)                                   # now BLAS has its own buffers
-        forward = extra_megabytes(device, lambda: mean_max_sim(Q, V))
-    Q = Q[:both_size].clone().requires_grad_()
-    V = V[:both_size].clone().requires_grad_()
-    both = extra_megabytes(device, lambda: mean_max_sim(Q, V).sum().backward())
-    Q, V = unit_vectors(device, 200, 32, 512), unit_vectors(device, 1000, 12, 512)
-    with torch.no_grad():
-        plain, einsum, ours = median_seconds(
-            device, lambda: Q.flatten(0, 1) @ V.flatten(0, 1).T,
-            lambda: torch.einsum("amd,bnd->abmn", Q, V).amax(-1).mean(-1),
-            lambda: mean_max_sim(Q, V), repeat=9)
-    return [f"MeanMaxSim of 200 queries x 32 tokens and 1000 videos x 12 frames, d = 512: "
-            f"{ours / plain:.2f} of one plain product ({1000 * plain:.1f} ms); einsum "
-            f"{einsum / plain:.2f}",
-            f"  peak memory: forward at {forward_size} x {forward_size} {forward:.0f} MB, with "
-            f"backward at {both_size} x {both_size} {both:.0f} MB"]
+def transposed_mean_max_sim(Q, V):
+    """MeanMaxSim as it was here before (commit 3cf674f): frames come first, because reducing
+    that axis is faster, and without gradients it goes through the queries in pieces."""
+    A, M, d = Q.shape
+    B, N, _ = V.shape
+    frames = V.transpose(0, 1).flatten(0, 1)  # (N B, d)
+    size = A if torch.is_grad_enabled() else max(1, 2 ** 23 // (M * N * B))
+    pieces = []
+    for q in Q.split(size):
+        sim = q.flatten(0, 1) @ frames.T  # (a M, N B)
+        best = sim.view(len(q) * M, N, B).amax(dim=1)  # (a M, B)
+        weight = torch.full((len(q), 1, M), 1 / M, device=q.device)
+        pieces.append((weight @ best.view(len(q), M, B)).squeeze(1))  # (a, B)
+    return torch.cat(pieces)
+
+def bench_scores(device, sizes=((128, 128), (32, 1000))):
+    """MeanMaxSim on a training batch and on a part of an evaluation, against a plain product
+    and the form before."""
+    lines = []
+    for A, B in sizes:
+        Q = unit_vectors(device, A, 32, 512).requires_grad_()
+        V = unit_vectors(device, B, 14, 512).requires_grad_()
+        lines.append(f"MeanMaxSim of {A} queries x 32 tokens and {B} videos x 14 frames, d = 512")
+
+        def forward(form):
+            with torch.no_grad():
+                form(Q, V)
+
+        def both(form):
+            torch.autograd.grad(form(Q, V).sum(), (Q, V))
+
+        for name, measured in (("forward", forward), ("forward and backward", both)):
+            mean_max_sim(Q[:2], V)  # now BLAS has its buffers
+            peak = extra_megabytes(device, lambda: measured(mean_max_sim))
+            ours, plain, before = median_seconds(
+                device, lambda: measured(mean_max_sim), lambda: measured(plain_product),
+                lambda: measured(transposed_mean_max_sim), repeat=9)
+            lines.append(f"  {name}: {ours / plain:.2f} of one plain product "
+                         f"({1000 * plain:.1f} ms), {ours / before:.2f} of the transposed "
+                         f"form; peak memory {peak:.0f} MB")
+    return lines
+
+def some_clips(s, folder, count=32):
+    """-> clips of --data, or synthetic ones that are written to `folder`; their name."""
+    try:
+        return train.load_clips(s)["train"][:count], s.data
+    except InputError:
+        clips = [Clip(f"{folder}/{i}.mp4", ["a caption"]) for i in range(count)]
+    for i, clip in enumerate(clips):
+        draw_clip(clip.path, "red", "square", "blue", "grows", np.random.default_rng(i))
+    return clips, "synthetic"
+
+def decord_frames(path, num_frames, size):
+    """Our frames, as decord reads them."""
+    reader = decord.VideoReader(path, width=size, height=size, num_threads=1)
+    middles = (np.arange(num_frames) + 0.5) / num_frames * len(reader)
+    return reader.get_batch(middles.astype(int)).asnumpy()
+
+def to_jpegs(frames):
+    """uint8 (N, 3, size, size) -> N files in memory."""
+    files = [io.BytesIO() for _ in frames]
+    for frame, file in zip(frames, files):
+        Image.fromarray(frame.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=95)
+    return files
 
 def bench_clips(s, size):
-    """Decoding a clip against reading it from the cache, or as JPEG, in one thread."""
+    """Decoding against reading from the cache, as JPEG, or with decord; clip by clip in
+    turn, in one thread."""
+    N, times, jpeg_bytes = s.num_frames, [], 0
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            clips, source = train.load_clips(s)["train"][:32], s.data
-        except InputError:
-            clips, source = [Clip(f"{folder}/{i}.mp4", []) for i in range(32)], "synthetic"
-            for i, clip in enumerate(clips):
-                draw_clip(clip.path, "red", "square", "blue", "grows", np.random.default_rng(i))
-        jpegs = []
+        clips, source = some_clips(s, folder)
         for clip in clips:
-            for frame in sample_frames(clip.path, s.num_frames, size):
-                jpegs.append(io.BytesIO())
-                Image.fromarray(frame.permute(1, 2, 0).numpy()).save(jpegs[-1], "JPEG", quality=95)
-        decode, cache, jpeg = median_seconds(
-            torch.device("cpu"),
-            lambda: [sample_frames(clip.path, s.num_frames, size) for clip in clips],
-            lambda: [cached_frames(clip, s.num_frames, size, folder) for clip in clips],
-            lambda: [np.asarray(Image.open(file)) for file in jpegs], repeat=3)
-    raw = s.num_frames * 3 * size ** 2 / 1e6
-    small = sum(len(file.getvalue()) for file in jpegs) / len(clips) / 1e6
-    return [f"{source} clips, {s.num_frames} frames of {size} pixels, one thread: decode "
-            f"{1000 * decode / len(clips):.2f} ms, cache {decode / cache:.0f} times faster "
-            f"({raw:.2f} MB), JPEG in memory {decode / jpeg:.0f} times ({small:.2f} MB)"]
+            jpegs = to_jpegs(sample_frames(clip.path, N, size))
+            jpeg_bytes += sum(len(file.getvalue()) for file in jpegs)
+            calls = [lambda: sample_frames(clip.path, N, size),
+                     lambda: cached_frames(clip, N, size, folder),
+                     lambda: [np.asarray(Image.open(file)) for file in jpegs]]
+            if decord and size % 32 == 0:  # it fails on other sizes
+                calls.append(lambda: decord_frames(clip.path, N, size))
+            times.append(median_seconds(CPU, *calls, repeat=3))
+
+    decode, cache, jpeg, *other = np.mean(times, axis=0)
+    megabytes, jpeg_megabytes = N * 3 * size ** 2 / 1e6, jpeg_bytes / len(clips) / 1e6
+    line = (f"{source} clips, {N} frames of {size} pixels, one thread: decode "
+            f"{1000 * decode:.2f} ms, cache {decode / cache:.0f} times faster "
+            f"({megabytes:.2f} MB), JPEG in memory {decode / jpeg:.0f} times "
+            f"({jpeg_megabytes:.2f} MB)")
+    if other:
+        line += f"; decode {decode / other[0]:.2f} of decord's time"
+    return [line]
 
 def bench_step(s, model, device):
     """Where the time of a training step goes."""
-    batch, optimizer = random_batch(s, model, device), train.make_optimizer(model, s)
-    scaler = torch.amp.GradScaler(device.type, enabled=False)
-    (ids, mask, frames, positives), A = batch, len(batch[0])
+    batch = random_batch(s, model, device)
+    ids, mask, frames, positives = batch
+    A, backbone = len(ids), model.backbone
+    optimizer = train.make_optimizer(model, s)
     for group in optimizer.param_groups:
-        group["lr"] = 0.0                                         # the weights stay as they are
+        group["lr"] = 0.0  # the weights stay as they are
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
 
-    def normalise():
+    def scale_pixels():
         return frames.flatten(0, 1).float().sub_(model.mean).div_(model.std)
-
-    with torch.no_grad(), autocast(device):
-        Q, (F, V), images = model.encode_query(ids, mask), model.encode_video(frames), normalise()
 
     def backward(module, *inputs):
         with autocast(device):
@@ -147,48 +168,59 @@ def bench_step(s, model, device):
         out.sum().backward()
 
     def only_loss():
-        features = [x.detach().requires_grad_() for x in (Q, F, V)]
-        model.loss(features[0], mask, *features[1:], positives)[0].backward()
+        q, f, v = [x.detach().requires_grad_() for x in (Q, F, V)]
+        model.compute_loss(q, mask, f, v, positives)[0].backward()
 
     def update():
         torch.nn.utils.clip_grad_norm_(model.parameters(), s.max_grad_norm)
         optimizer.step()
 
     def step(micro_batch=s.micro_batch):
-        train.training_step(model, optimizer, scaler, replace(s, micro_batch=micro_batch), *batch)
+        settings = replace(s, micro_batch=micro_batch)
+        train.training_step(model, optimizer, scaler, settings, *batch)
 
-    quarter = -(-s.batch_size // 4)
-
+    with torch.no_grad(), autocast(device):
+        images, Q = scale_pixels(), model.encode_query(ids, mask)
+        F, V = model.encode_video(frames)
     with FlopCounterMode(display=False) as counter:
         with autocast(device):
             loss = model(ids, mask, frames, positives)[0]
         loss.backward()
     if s.compile:
-        for module in (model.clip.visual, model.clip.text.transformer, model.temporal):
+        for module in (backbone.visual, backbone.text.transformer, model.temporal):
             module.compile()
+
     peak = extra_megabytes(device, step)
-    image, text, pixels, temporal, loss, optimise, in_quarters, whole = median_seconds(
-        device, lambda: backward(model.clip.visual, images),
-        lambda: backward(model.encode_query, ids, mask), normalise,
-        lambda: backward(model.temporal, F), only_loss, update, lambda: step(quarter), step,
+    quarter = math.ceil(s.batch_size / 4)
+    parts = {"image encoder": lambda: backward(backbone.visual, images),
+             "text encoder": lambda: backward(model.encode_query, ids, mask),
+             "pixels": scale_pixels,
+             "temporal transformer": lambda: backward(model.temporal, F),
+             "loss": only_loss,
+             "clipping and optimizer": update}
+    *seconds, in_quarters, whole = median_seconds(
+        device, *parts.values(), lambda: step(quarter), step,
         repeat=9 if device.type == "cuda" else 3)
+
     card = torch.cuda.get_device_name() if device.type == "cuda" else ""
-    flops, top = counter.get_total_flops() / whole, [v for k, v in PEAK_FLOPS.items() if k in card]
-    lines = [f"step of {s.batch_size} videos x {s.num_frames} frames, {A} captions, {s.backbone}: "
-             f"{1000 * whole:.1f} ms, {A / whole:.1f} pairs/s, {flops / 1e12:.2f} TFLOP/s"
-             + "".join(f" ({100 * flops / x:.0f}% of peak)" for x in top) + f", {peak:.0f} MB"]
-    for name, part in (("image encoder", image), ("text encoder", text), ("pixels", pixels),
-                       ("temporal transformer", temporal), ("loss", loss),
-                       ("clipping and optimiser", optimise)):
+    flops = counter.get_total_flops() / whole
+    line = (f"step of {s.batch_size} videos x {s.num_frames} frames, {A} captions, "
+            f"{s.backbone}: {1000 * whole:.1f} ms, {A / whole:.1f} pairs/s, "
+            f"{flops / 1e12:.2f} TFLOP/s")
+    for name, most in PEAK_FLOPS.items():
+        line += f" ({100 * flops / most:.0f}% of peak)" if name in card else ""
+    lines = [f"{line}, {peak:.0f} MB"]
+    for name, part in zip(parts, seconds):
         lines.append(f"  {name:24}{1000 * part:10.1f} ms {100 * part / whole:6.1f}%")
-    rest = pixels + temporal + loss + optimise
     lines.append(f"  with --micro-batch {quarter}: {in_quarters / whole:.2f} of the time")
-    return lines + [f"  all but the two encoders {100 * rest / whole:.1f}%; 900,000 pairs, five "
-                    f"epochs of MSR-VTT, would take {900_000 * whole / A / 3600:.1f} h"]
+    lines.append(f"  all but the two encoders {100 * sum(seconds[2:]) / whole:.1f}%; 900,000 "
+                 "pairs, five epochs of MSR-VTT, would take "
+                 f"{900_000 * whole / A / 3600:.1f} h")
+    return lines
 
 @torch.no_grad()
 def bench_query(s, model, device, gallery=1000):
-    """How long a user waits for the ten best of a gallery, and how much of it is the encoder's."""
+    """How long a user waits for the ten best of a gallery, and how much of it is encoding."""
     N, E = s.num_frames, s.visual_expansion
     F = unit_vectors(device, gallery, N, model.width)
     V = unit_vectors(device, gallery, N + E, model.width)
@@ -208,19 +240,22 @@ def bench_query(s, model, device, gallery=1000):
     return [f"query against {gallery} videos: {1000 * whole:.1f} ms, of which the text encoder "
             f"{1000 * encoder:.1f} ms"]
 
-# ---- Long videos ---------------------------------------------------------------------------------
+# ---- Long videos
 def write_long_video(path, minutes, size=(1280, 720)):
     """A minute of moving noise in H.264, again and again."""
     noise = np.random.default_rng(0).integers(0, 256, (110, 180, 3), dtype=np.uint8)
-    noise, minute = noise.repeat(8, 0).repeat(8, 1), io.BytesIO()
+    noise = noise.repeat(8, axis=0).repeat(8, axis=1)
+    options, minute = {"preset": "fast", "crf": "28"}, io.BytesIO()
     with av.open(minute, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=25, options={"preset": "fast", "crf": "28"})
+        stream = container.add_stream("libx264", rate=25, options=options)
         (stream.width, stream.height), stream.pix_fmt = size, "yuv420p"
         for i in range(60 * 25):
             picture = noise[i // 3 % 150:, i % 150:][:size[1], :size[0]]
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), "rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+
+    # The packets of the minute, copied with later and later times.
     minute.seek(0)
     with av.open(minute) as source, av.open(str(path), "w") as container:
         stream = container.add_stream_from_template(source.streams.video[0])
@@ -239,111 +274,15 @@ def bench_long_video(minutes=60):
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/long.mp4"
         write_long_video(path, minutes)
-        times = frame_times(path)
-        wanted = sample_times(path, times, 12)
+        wanted = sample_times(path, frame_times(path), 12)
         demux, seek, decode = median_seconds(
-            torch.device("cpu"), lambda: frame_times(path),
-            lambda: sample_frames(path, 12, 224),
-            lambda: list(frames_at(path, wanted, [], 224)), repeat=1)
-    return [f"12 frames of {minutes} minutes of 720p H.264 with {len(times[3])} keyframes: "
-            f"{seek:.2f} s, of which {demux:.2f} s to find the keyframes; decoding from the "
-            f"beginning takes {decode:.2f} s, so {seek / decode:.3f} of it"]
+            CPU, lambda: frame_times(path), lambda: sample_frames(path, 12, 224),
+            lambda: list(on_screen(path, None, wanted)), repeat=1)
+    return [f"12 frames of {minutes} minutes of 720p H.264: {seek:.2f} s, of which {demux:.2f} s "
+            f"to read the frames' times; decoding from the beginning takes {decode:.2f} s, so "
+            f"{seek / decode:.3f} of it"]
 
-# ---- Memory --------------------------------------------------------------------------------------
-def saved_bytes(call, model):
-    """Bytes that autograd saves for the backward pass of a call, each storage once, without the
-    model's parameters."""
-    parameters, storages = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
-
-    def note(x):
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        out = call()                                              # keeps the graph alive
-    return sum(storages.values())
-
-def bytes_per_item(function, model, make_inputs):
-    """What autograd saves for each further item of a batch, and once for all of them.
-
-    Counted on the CPU with the types of a GPU: under bf16 autocast, and layer norms in float32,
-    which CUDA's autocast does and the CPU's does not. What two items save beyond what one saves
-    grows with the batch; the rest is mostly bf16 copies of the weights.
-    """
-    layer_norm = torch.nn.functional.layer_norm
-
-    def layer_norm_as_on_cuda(x, *args):
-        return layer_norm(x.float(), *args)
-
-    with torch.autocast("cpu", torch.bfloat16), \
-            mock.patch("torch.nn.functional.layer_norm", layer_norm_as_on_cuda):
-        one, two = (saved_bytes(lambda: function(*make_inputs(count)), model) for count in (1, 2))
-    return two - one, 2 * one - two
-
-def activation_bytes(model, num_frames):
-    """-> bytes saved per video by encode_video, per caption by encode_query, once by both. A video
-    is `num_frames` times the image encoder on a frame and once the temporal transformer."""
-    size, M = model.image_size, model.num_tokens
-    per_frame, once_image = bytes_per_item(
-        model.clip.visual, model, lambda count: [torch.zeros(count, 3, size, size)])
-    per_video, once_temporal = bytes_per_item(
-        model.temporal, model, lambda count: [torch.zeros(count, num_frames, model.width)])
-    per_caption, once_text = bytes_per_item(
-        model.encode_query, model,
-        lambda count: [torch.ones(count, M, dtype=torch.int64), torch.ones(count, M)])
-    return num_frames * per_frame + per_video, per_caption, once_image + once_temporal + once_text
-
-def measured_peak(s, device):
-    """Peak memory in bytes of training from a model without weights on, NaN if it does not fit."""
-    def steps():
-        model = VideoColBERT(s).to(device)
-        optimizer, batch = train.make_optimizer(model, s), random_batch(s, model, device)
-        scaler = torch.amp.GradScaler(device.type, enabled=False)
-        for _ in range(2):                             # Adam's moments exist from the second on
-            train.training_step(model, optimizer, scaler, s, *batch)
-    try:
-        return 2 ** 20 * extra_megabytes(device, steps)
-    except torch.OutOfMemoryError:
-        return math.nan
-
-def bench_memory(device, batch=128, micro_batches=(128, 32, 8)):
-    """What a training step on `batch` videos and captions takes for each of the paper's backbones
-    with so many videos in a --micro-batch; on a GPU also what it took."""
-    lines = [f"a step on {batch} videos, one caption each: activations of a micro-batch, weights, "
-             "gradients, Adam's moments, pixels"]
-    for backbone in PAPER_BACKBONES:
-        for num_frames, num_tokens in ((12, 32), (64, 64)):
-            s = parse_settings(["--data", "msrvtt", "--backbone", backbone, "--pretrained", "none",
-                                "--batch-size", str(batch), "--num-frames", str(num_frames),
-                                "--num-tokens", str(num_tokens)])
-            model = VideoColBERT(s)
-            per_video, per_caption, once = activation_bytes(model, num_frames)
-            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            weights = sum(p.numel() for p in model.parameters())
-            pixels = batch * num_frames * 3 * model.image_size ** 2
-            fixed = 4 * weights + 12 * trained + once + pixels    # 12: gradient and two moments
-            del model
-            lines.append(f"{backbone}, {num_frames} frames: activations {per_video / 1e6:.0f} MB "
-                         f"per video, {per_caption / 1e6:.1f} MB per caption")
-            for size in micro_batches:
-                need = (fixed + size * (per_video + per_caption)) / 1e9
-                fits = " ".join(str(card) for card in CARDS if need < FREE * card)
-                peak = measured_peak(replace(s, micro_batch=size), device) / 1e9 \
-                    if device.type == "cuda" else math.nan
-                measured = "" if math.isnan(peak) else f" (measured: {peak:.1f})"
-                lines.append(f"  --micro-batch {size:3}: {need:6.1f} GB{measured}; "
-                             + (f"fits a card of {fits} GB" if fits else "fits none of the cards"))
-            for card in CARDS:
-                room = (FREE * card * 1e9 - fixed) / (per_video + per_caption)
-                lines.append(f"  {card} GB: --micro-batch {largest_power_of_two(min(room, batch))}")
-    return lines
-
-def largest_power_of_two(x):
-    """That is at most x, 0 if x is below 1."""
-    return 2 ** math.floor(math.log2(x)) if x >= 1 else 0
-
+# ---- Command line
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -356,14 +295,13 @@ def main(argv=None):
     print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     if args.memory:
         print(*bench_memory(device), sep="\n")
-        return
-    if args.long_video:
+    elif args.long_video:
         print(*bench_long_video(), sep="\n")
-        return
-    print(*bench_scores(device), sep="\n")                        # first, while no memory was freed
-    model = VideoColBERT(replace(s, pretrained=None)).to(device)
-    print(*bench_clips(s, model.image_size), *bench_step(s, model, device),
-          *bench_query(s, model, device), sep="\n")
+    else:
+        print(*bench_scores(device), sep="\n")
+        model = VideoColBERT(replace(s, pretrained=None)).to(device)
+        print(*bench_clips(s, model.image_size), *bench_step(s, model, device),
+              *bench_query(s, model, device), sep="\n")
 
 if __name__ == "__main__":
     run_main(main, "extras.bench")

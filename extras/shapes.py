@@ -41,7 +41,7 @@ def draw_clip(path, color, shape, frame, motion, rng, size=96, length=24):
     radius, angle = size * rng.uniform(0.2, 0.24), rng.uniform(-0.2, 0.2)
     kind, sign = MOTIONS[motion]
     # x264's macroblock tree is the one part of it whose result varies from run to run.
-    options = {"crf": "18", "preset": "veryfast", "threads": "1", "x264-params": "mbtree=0"}
+    options = {"crf": "18", "preset": "ultrafast", "threads": "1", "x264-params": "mbtree=0"}
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=12, options=options)
         stream.width, stream.height, stream.pix_fmt = size, size, "yuv420p"

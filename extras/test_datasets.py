@@ -2,7 +2,7 @@
 import json
 import os
 import pickle
-import subprocess
+import runpy
 import sys
 from collections import OrderedDict, defaultdict
 from pathlib import Path
@@ -39,6 +39,18 @@ def convert(dataset, root, *flags):
 def clips_in(path):
     return list(map(json.loads, path.read_text().splitlines()))
 
+def load(path):
+    """The splits of a file as train.py reads it."""
+    return train.load_clips(train.Settings(data=str(path)))
+
+def msrvtt_captions(video):
+    return [f"caption {i} of {video}" for i in range(3)]
+
+def sentences(*videos, name="sentences", field="video_id"):
+    """Captions of MSR-VTT, in CLIP4Clip's layout or with other names for the same."""
+    texts = [(video, text) for video in videos for text in msrvtt_captions(video)]
+    return {name: [{field: video, "caption": text, "id": 1} for video, text in texts]}
+
 def ten(video):
     return [f"{video} {i}" for i in range(10)]
 
@@ -52,6 +64,15 @@ def didemo_records(*pairs):
 def activitynet_record(*sentences):
     return {"duration": 82.73, "timestamps": [[0, 1]] * len(sentences), "sentences": sentences}
 
+VIDEO_IDS = [f"video{i}" for i in range(5)]
+MSRVTT_TEST = {"csv/MSRVTT_JSFUSION_test.csv": "key,vid_key,video_id,sentence\r\n"
+               'ret0,msr1,video1,"the query, of 1"\r\nret1,msr4,video4,query 4\r\n'}
+MSRVTT_9K = {"csv/MSRVTT_train.9k.csv": "video_id\nvideo0\nvideo3\n"}
+FROZEN = {"annotation/MSR_VTT.json": sentences(*VIDEO_IDS, name="annotations", field="image_id")}
+CLIP4CLIP = {"msrvtt_data/MSRVTT_data.json": sentences(*VIDEO_IDS)}
+CHALLENGE = {"train_val_videodatainfo.json": sentences(*VIDEO_IDS[:3]),
+             "test_videodatainfo.json": sentences(*VIDEO_IDS[3:])}
+MSRVTT = {**CHALLENGE, **MSRVTT_TEST, **MSRVTT_9K}
 MSVD = {"train_list.txt": "-4wsuPCjDBc_5_15\r\nb_1_2\r\n", "val_list.txt": "v_3_4\n",
         "test_list.txt": "t_5_6\n\n", "raw-captions.pkl": pickle.dumps({
             "-4wsuPCjDBc_5_15": [["a", "man"], ["a", "dog", "runs"]], "b_1_2": [["b"], "as text"],
@@ -68,6 +89,14 @@ ACTIVITYNET = {"train.json": {"v_QOlSCBRmfWY": activitynet_record("A man.", " He
 
 # {dataset: its annotation, its videos, the lines that a person would write}
 DATASETS = {
+    "msrvtt": (MSRVTT, ["video0.mp4", "video1.mp4", "video3.webm", "video4.mp4"], f"""
+{{"video": "videos/video0.mp4", "captions": {
+    json.dumps(msrvtt_captions("video0"))}, "split": "train"}}
+{{"video": "videos/video3.webm", "captions": {
+    json.dumps(msrvtt_captions("video3"))}, "split": "train"}}
+{{"video": "videos/video1.mp4", "captions": ["the query, of 1"], "split": "test"}}
+{{"video": "videos/video4.mp4", "captions": ["query 4"], "split": "test"}}
+"""),
     "msvd": (MSVD, ["-4wsuPCjDBc_5_15.avi", "b_1_2.avi", "v_3_4.avi", "t_5_6.AVI"], """
 {"video": "videos/-4wsuPCjDBc_5_15.avi", "captions": ["a man", "a dog runs"], "split": "train"}
 {"video": "videos/b_1_2.avi", "captions": ["b", "as text"], "split": "train"}
@@ -100,7 +129,7 @@ def write_dataset(root, dataset, video, *missing):
 def test_the_file_is_what_a_person_would_write_and_trains(tmp_path, monkeypatch, video, dataset):
     """Word lists become captions, sentences a paragraph in the order of the file; English only; a
     leading dash is no option; a copy under another ending stands for its original, which goes
-    first; names are with or without v_."""
+    first; names are with or without v_; a test video of MSR-VTT has the one query of its list."""
     monkeypatch.chdir(tmp_path)
     write_dataset(tmp_path / "data", dataset, video)
     main([dataset, "data"])
@@ -109,11 +138,33 @@ def test_the_file_is_what_a_person_would_write_and_trains(tmp_path, monkeypatch,
     train.main([*SMALL, "--data", "data/clips.jsonl", "--pretrained", "none", "--epochs", "1",
                 "--batch-size", "2", "--out", "run"])
     record = train.finished("run")
-    assert record["gallery"] == 1 and record["missing"] == 0
-    assert record["evaluation"][0]["queries"] == len(json.loads(text.splitlines()[-1])["captions"])
+    tested = [clip for clip in clips_in(Path("data/clips.jsonl")) if clip["split"] == "test"]
+    assert record["gallery"] == len(tested) and record["missing"] == 0
+    assert record["evaluation"][0]["queries"] == sum(len(clip["captions"]) for clip in tested)
+
+@pytest.mark.parametrize("layout", [CLIP4CLIP, FROZEN, CHALLENGE])
+@pytest.mark.parametrize("train_list, trained", [
+    (MSRVTT_9K, ["video0", "video3"]), ({}, ["video0", "video2", "video3"])])
+def test_all_copies_of_msrvtt_give_the_same_file(tmp_path, video, layout, train_list, trained):
+    """Without the list of 9k videos, all that are not tested are trained on."""
+    write(tmp_path, {**layout, **MSRVTT_TEST, **train_list})
+    write(tmp_path, {f"MSRVTT/videos/all/{name}.mp4": video for name in VIDEO_IDS})
+    clips = convert("msrvtt", tmp_path)
+    captions = {clip["video"]: clip["captions"] for clip in clips if clip["split"] == "train"}
+    assert captions == {f"MSRVTT/videos/all/{name}.mp4": msrvtt_captions(name) for name in trained}
+    assert clips[len(trained):] == [
+        {"video": f"MSRVTT/videos/all/{name}.mp4", "captions": [query], "split": "test"}
+        for name, query in (("video1", "the query, of 1"), ("video4", "query 4"))]
+
+def test_clip4clips_copy_is_the_same_with_and_without_conversion(tmp_path, video):
+    write(tmp_path, {**CLIP4CLIP, **MSRVTT_TEST, **MSRVTT_9K})
+    write(tmp_path, {f"videos/{name}.mp4": video for name in VIDEO_IDS})
+    convert("msrvtt", tmp_path)
+    settings = train.Settings(data="msrvtt", root=str(tmp_path))
+    assert load(tmp_path / "clips.jsonl") == train.load_clips(settings)
 
 @pytest.mark.parametrize("dataset, flags", [
-    ("msvd", ""), ("vatex", ""), ("didemo", " --num-frames 64 --num-tokens 64"),
+    ("msrvtt", ""), ("msvd", ""), ("vatex", ""), ("didemo", " --num-frames 64 --num-tokens 64"),
     ("activitynet", " --num-frames 64 --num-tokens 64")])
 def test_the_summary_ends_in_the_command_with_the_papers_frames_and_tokens(
         tmp_path, capsys, video, dataset, flags):
@@ -184,7 +235,7 @@ def test_missing_test_videos_stay_and_are_counted_by_train(tmp_path, monkeypatch
     command = printed[-1].split()
     assert command[-1] == "--allow-missing"
     flags = [*SMALL, "--data", "data/clips.jsonl", "--epochs", "1", "--batch-size", "2"]
-    with pytest.raises(InputError, match="1 of 2 test clips cannot be read, see --allow-missing"):
+    with pytest.raises(InputError, match="1 of 2 test clips cannot be read; --allow-missing"):
         train.main(flags)
     train.main([*flags, "--out", "run", command[-1]])
     assert train.finished("run")["missing"] == 1 and "v_e.mp4" in capsys.readouterr().out
@@ -201,7 +252,7 @@ def test_paths_are_relative_below_the_files_folder_and_absolute_elsewhere(tmp_pa
         main(["vatex", "data", "--out", out])
         clips = clips_in(Path(out))
         assert [clip["video"] for clip in clips][1:] == [f"{prefix}videos/b.mkv", test]
-        assert os.path.exists(train.load_json_lines(out)["train"][0].path)
+        assert os.path.exists(load(out)["train"][0].path)
 
 @pytest.mark.parametrize("content, message", [
     (pickle.dumps({"a": Evil()}), "it asks for .*system"), (b"garbage", "."), (b"", "."),
@@ -228,16 +279,25 @@ def test_plain_containers_are_read_from_a_pickle(tmp_path, video):
         assert [clip["captions"] for clip in convert("msvd", tmp_path)] == [["one b"], ["t"]]
 
 @pytest.mark.parametrize("dataset, file", [
+    ("msrvtt", "MSRVTT_JSFUSION_test.csv"),
     ("msvd", "raw-captions.pkl"), ("msvd", "train_list.txt"), ("msvd", "test_list.txt"),
     ("vatex", "vatex_training_v1.0.json"), ("vatex", "vatex_validation_v1.0.json"),
     ("vatex", "test_list.txt"), ("didemo", "train_data.json"), ("didemo", "test_data.json"),
     ("activitynet", "train.json"), ("activitynet", "val_1.json")])
 def test_a_missing_annotation_is_named_with_the_folder(tmp_path, video, dataset, file):
     write_dataset(tmp_path, dataset, video)
-    (tmp_path / file).unlink()
+    next(tmp_path.rglob(file)).unlink()
     with pytest.raises(InputError, match=f"^no {file} in {tmp_path}$"):
         main([dataset, str(tmp_path)])
     assert not (tmp_path / "clips.jsonl").exists()
+
+def test_without_captions_of_msrvtt_all_names_are_told(tmp_path, video):
+    write_dataset(tmp_path, "msrvtt", video)
+    for name in CHALLENGE:
+        (tmp_path / name).unlink()
+    message = rf"^no MSRVTT_data.json, MSR_VTT.json or \*_videodatainfo.json in {tmp_path}$"
+    with pytest.raises(InputError, match=message):
+        main(["msrvtt", str(tmp_path)])
 
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_a_folder_without_videos_is_named(tmp_path, dataset):
@@ -247,7 +307,26 @@ def test_a_folder_without_videos_is_named(tmp_path, dataset):
     with pytest.raises(InputError, match=f"^no folder {tmp_path}/nowhere$"):
         main([dataset, f"{tmp_path}/nowhere"])
 
+TEST_CSV, TRAIN_CSV = *MSRVTT_TEST, *MSRVTT_9K
+
 @pytest.mark.parametrize("dataset, files, flags, message", [
+    ("msrvtt", {"test_videodatainfo.json": {}}, "",
+     "test_videodatainfo.json: expected a list of sentences or annotations"),
+    ("msrvtt", {"test_videodatainfo.json": {"sentences": [5]}}, "",
+     "test_videodatainfo.json: expected a video_id, got 5"),
+    ("msrvtt", {"test_videodatainfo.json": []}, "", r"test_videodatainfo.json: expected a dict"),
+    ("msrvtt", {"test_videodatainfo.json": '{"sentences": ['}, "", "videodatainfo.json: .*line 1"),
+    ("msrvtt", {"test_videodatainfo.json": b"\x00\xff"}, "", "test_videodatainfo.json: "),
+    ("msrvtt", {TRAIN_CSV: "id\nvideo0\n"}, "", "9k.csv: expected the name of a video"),
+    ("msrvtt", {TRAIN_CSV: "video_id\nvideo0\nvideo0\n"}, "", "9k.csv: .* each clip only once"),
+    ("msrvtt", {TRAIN_CSV: "video_id\nvideo77\n"}, "", "9k.csv: expected a list.*video77"),
+    ("msrvtt", {TEST_CSV: "video_id,sentence\nvideo1\n"}, "", "test.csv: expected a list of cap"),
+    ("msrvtt", {TEST_CSV: "video_id,sentence\nvideo1,a\nvideo1,b\n"}, "", "each clip only once"),
+    ("vatex", {"test_list.txt": "d\0\n"}, "", "test_list.txt: expected a list of captions"),
+    ("activitynet", {"val_1.json": {"v_\0": activitynet_record("C.")}, "val_ids.json": ["v_\0"]},
+     "", "val_ids.json: .*null"),
+    ("activitynet", {"val_1.json": {"v_c": activitynet_record("\ud800")}}, "",
+     "val_ids.json: .*surrogates"),
     ("vatex", {"vatex_training_v1.0.json": vatex_records("b", "b")}, "",
      "training_v1.0.json: expected each videoID only once"),
     ("vatex", {"vatex_training_v1.0.json": [{"videoID": 5, "enCap": ["a"]}]}, "",
@@ -258,7 +337,7 @@ def test_a_folder_without_videos_is_named(tmp_path, dataset):
     ("vatex", {"test_list.txt": "\n"}, "", "test_list.txt: none of its 0 videos is in "),
     ("vatex", {"test_list.txt": "d\nd\n"}, "", "test_list.txt: expected each clip only once"),
     ("vatex", {"test_list.txt": "z\n"}, "",
-     "test_list.txt: expected a list of captions that are not blank, .*z.mp4"),
+     "test_list.txt: expected a list of captions that are not blank, got .'z', None"),
     ("didemo", {"train_data.json": didemo_records(("x@N_1.mov", 5))}, "",
      "train_data.json: expected a list of captions that are not blank"),
     ("didemo", {"train_data.json": ["x"]}, "", "train_data.json: expected a video, got 'x'"),
@@ -279,11 +358,12 @@ def test_what_makes_no_sense_is_one_line(tmp_path, monkeypatch, video, dataset, 
         main([dataset, ".", *flags.split()])
     assert "\n" not in str(error.value) and not (tmp_path / "clips.jsonl").exists()
 
-def test_an_error_is_one_line_and_exit_code_2():
-    command = [sys.executable, "-m", "extras.datasets", "msvd", "nowhere"]
-    done = subprocess.run(command, cwd=Path(train.__file__).parent, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "extras.datasets: no folder nowhere\n"
+def test_an_error_is_one_line_and_exit_code_2(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["extras.datasets", "msvd", "nowhere"])
+    monkeypatch.delitem(sys.modules, "extras.datasets")
+    with pytest.raises(SystemExit, match="^2$"):
+        runpy.run_module("extras.datasets", run_name="__main__")
+    assert capsys.readouterr() == ("", "extras.datasets: no folder nowhere\n")
 
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_50_mutated_annotations_give_a_valid_file_or_one_clear_error(tmp_path, video, dataset):
@@ -296,7 +376,7 @@ def test_50_mutated_annotations_give_a_valid_file_or_one_clear_error(tmp_path, v
         write(tmp_path, {**content, file: mutate(content[file], np.random.default_rng(i))})
         try:
             main([dataset, str(tmp_path)])
-            data = train.load_json_lines(str(tmp_path / "clips.jsonl"))
+            data = load(tmp_path / "clips.jsonl")
             assert data["train"] and data["test"]
             outcomes.append("file")
         except InputError as error:

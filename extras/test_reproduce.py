@@ -13,8 +13,11 @@ from PIL import Image
 import train
 from extras import reproduce, shapes
 from extras.reproduce import TABLES, main
-from test_video_colbert import SMALL, Killed, records, write_json_lines
+from test_video_colbert import SMALL, records, write_json_lines
 from video_colbert import InputError, VideoColBERT, sample_frames
+
+class Killed(Exception):
+    pass
 
 FLAGS = [*SMALL, "--data", "clips.jsonl", "--epochs", "1"]
 
@@ -53,7 +56,6 @@ def test_table_3_trains_each_row_resumes_and_reuses(data, monkeypatch, capsys):
     """Five settings and two seeds are ten runs of two steps; a run killed in its second step is
     resumed there, finished ones are not run again, and the numbers are the runs' own."""
     argv, step, calls = [*FLAGS, "--table", "3", "--seeds", "2"], train.training_step, []
-    argv += ["--checkpoint-every", "1"]
     def dies_in_the_third_run(*args):
         calls.append(args)
         if len(calls) == 6:
@@ -61,16 +63,17 @@ def test_table_3_trains_each_row_resumes_and_reuses(data, monkeypatch, capsys):
         return step(*args)
     monkeypatch.setattr(train, "training_step", dies_in_the_third_run)
     with pytest.raises(Killed):
-        main(argv)
+        main([*argv, "--checkpoint-every", "1"])
     before = runs_below()
+    monkeypatch.setattr(train, "save_checkpoint", lambda *args: None)  # which would take long
     main(argv)
     assert len(calls) == 1 + 10 * 2
     assert len(before) == 3 and set(before) < set(runs_below()) and len(runs_below()) == 10
     out = capsys.readouterr().out
     assert Path("runs/table-3-clips.md").read_text() in out
     table, deviations = cells(out), []
-    assert out.startswith("Table 3: interaction. clips.jsonl, tiny, 2 queries, gallery of 2 clips, "
-                          "1 epochs, seeds 0 to 1, mean ± deviation, `--num-frames 3 ")
+    assert out.startswith("Table 3: interaction. clips.jsonl, tiny, 2 queries, gallery of 2 "
+                          "clips, 1 epochs, seeds 0 to 1, mean ± deviation, `--num-frames 3 ")
     assert records("runs/clips")[-1]["machine"] in out
     assert list(table)[2:] == ["MP on frames", "MP on video", "MMS_F", "MMS_V", "MMS_FV", "RRF"]
     assert table["MMS_F"][1] == "`--lambda-video 0`"
@@ -97,16 +100,17 @@ def test_table_3_trains_each_row_resumes_and_reuses(data, monkeypatch, capsys):
 @pytest.mark.parametrize("number, subject", [
     (3, {"interaction", "lambda_frame", "lambda_video"}),
     (4, {"loss", "loss_form", "learn_scale", "logit_scale", "interaction", "lambda_frame",
-         "lambda_video"}),
+         "lambda_video", "visual_expansion", "backbone"}),
     (5, {"query_augmentation", "backbone"}), (7, {"num_frames"}), (8, {"temporal_layers"}),
     (12, {"pad_token"})])
 def test_a_row_of_a_table_changes_its_own_setting_alone(number, subject):
     """Beside what belongs to InfoNCE and to another backbone. One row is the default."""
     default, all_changes = asdict(train.parse_settings(["--data", "msrvtt"])), []
-    for _, flags, score, paper in TABLES[number][1]:
+    for name, flags, score, paper in TABLES[number][1]:
         s = asdict(train.parse_settings(["--data", "msrvtt", *flags]))
         changes = {name for name in s if s[name] != default[name]}
         assert changes <= subject and len(paper) == 4
+        assert None not in paper or "CLIP4Clip" in name
         if not changes and score == "MMS_FV":
             assert paper[0] == 48.1
         all_changes.append(changes)
@@ -117,6 +121,7 @@ def test_table_6_figures_3_and_4_and_table_1_come_from_the_runs(tmp_path, monkey
     os.mkdir("msrvtt")
     write_json_lines(tmp_path / "msrvtt", "train train" + 8 * " test")
     argv = [*FLAGS, "--data", "msrvtt/clips.jsonl", "--epochs", "6"]
+    monkeypatch.setattr(train, "save_checkpoint", lambda *args: None)  # which would take long
     draw, drawn = reproduce.draw_interactions, []
     def note_and_draw(rows):
         drawn.extend(rows)
@@ -137,7 +142,7 @@ def test_table_6_figures_3_and_4_and_table_1_come_from_the_runs(tmp_path, monkey
         rank = on[f"caption 0 of {i}"]["FV"]
         assert title == f"caption 0 of {i}   (clip.mp4, rank {rank} of 8)"
         assert words == ["caption", "0", "of", str(i)] and before.shape == after.shape == (4, 3)
-        assert torch.equal(frames, sample_frames(f"msrvtt/{i}/clip.mp4", 3, 64))
+        assert torch.equal(frames, sample_frames(f"msrvtt/{i}/clip.mp4", 3, 48))
     for number in (3, 4):
         assert Image.open(f"runs/figure-{number}-clips.png").width > 250
     assert "| msrvtt | tiny | runs/clips |" in out and "--query-augmentation False" in out
@@ -147,7 +152,7 @@ def test_table_6_sorts_by_the_change_from_off_to_on_and_figure_3_averages_it(dat
     """Ranks are those of MMS_FV and capped at 100 in the table, which leaves out 20 tokens and
     more. A query that gains a rank counts as -1."""
     ranks = {"off": [9, 500, 3, 4, 7, 1], "on": [4, 90, 3, 300, 8, 3]}
-    tokens, texts = [3, 4, 5, 12, 19, 20], []
+    tokens, drawn = [3, 4, 5, 12, 19, 20], []
     def query_ranks(folder, s, device):
         return None, [], [reproduce.Query(f"q{i}", i, tokens[i], {"F": 1, "V": 2, "FV": rank})
                           for i, rank in enumerate(ranks[folder])]
@@ -162,16 +167,12 @@ def test_table_6_sorts_by_the_change_from_off_to_on_and_figure_3_averages_it(dat
     assert list(table.values())[2:] == [
         ["q1", "100", "90", "-10"], ["q0", "9", "4", "-5"], ["q2", "3", "3", "+0"],
         ["q4", "7", "8", "+1"], ["q3", "4", "100", "+96"]]
-    class Draw:
-        def text(self, position, text, **style):
-            texts.append(text)
-        def rectangle(self, *args):
-            pass
-        line = rectangle
-    monkeypatch.setattr(reproduce.ImageDraw, "Draw", lambda image: Draw())
+    def draw_bars(title, bars):
+        drawn.extend(bars)
+        return Image.new("RGB", (1, 1))
+    monkeypatch.setattr(reproduce, "draw_bars", draw_bars)
     main([*FLAGS, "--figure", "3"])
-    assert texts[1:-1] == ["-207.500", "<5\n2 queries", "+0.000", "5-10\n1 queries",
-                           "+148.500", "10-20\n2 queries", "+2.000", "20+\n1 queries"]
+    assert drawn == [("<5", -207.5, 2), ("5-10", 0, 1), ("10-20", 148.5, 2), ("20+", 2, 1)]
 
 def test_figure_4_shows_both_kinds_of_the_synthetic_queries(tmp_path, monkeypatch):
     monkeypatch.setattr(shapes, "draw_clip", lambda *args: None)
@@ -194,7 +195,7 @@ def test_runs_on_other_clips_and_unreadable_neighbours_are_named_once_and_not_us
     Path("clips.jsonl").write_text(lines.replace("caption 0 of 3", "edited"))
     main([*FLAGS, "--seeds", "1"])
     error = capsys.readouterr().err
-    assert error.count("skipped: runs/empty/settings.json does not hold settings") == 1
+    assert error.count("skipped: runs/empty/settings.json: Expecting value") == 1
     assert error.count("not reused: runs/clips was run on other clips or captions") == 1
     assert runs_below() == ["clips", "clips-2", "empty"]
 
@@ -208,6 +209,19 @@ def test_an_unfinished_run_on_other_clips_is_named_and_not_resumed(data, monkeyp
     Path("clips.jsonl").write_text(lines.replace("caption 0 of 3", "edited"))
     main([*FLAGS, "--seeds", "1"])
     assert "not reused: runs/clips was run on other" in capsys.readouterr().err
+    assert train.finished("runs/clips-2") and not train.finished("runs/clips")
+
+def test_a_run_whose_checkpoints_are_damaged_is_named_and_another_takes_its_place(
+        data, monkeypatch, capsys):
+    def dies(*args):
+        raise Killed
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "result_rows", dies)
+        main([*FLAGS, "--seeds", "1"])
+    for path in Path("runs/clips/checkpoints").iterdir():
+        path.write_bytes(path.read_bytes()[:-100])
+    main([*FLAGS, "--seeds", "1"])
+    assert "not reused: all checkpoints in runs/clips are damaged" in capsys.readouterr().err
     assert train.finished("runs/clips-2") and not train.finished("runs/clips")
 
 def test_a_run_that_lacks_test_clips_is_reused_only_if_that_is_allowed(data, capsys):
@@ -284,20 +298,41 @@ def test_figures_read_frames_from_the_cache_that_is_asked_for(data):
     main([*FLAGS, "--figure", "4", "--cache", "second"])
     assert not os.path.exists("first") and runs_below() == ["clips"]
 
-def test_table_11_measures_without_weights(data, monkeypatch):
-    threads = []
-    class ShortTimer(reproduce.Timer):
-        def __init__(self, *args, num_threads, **names):
-            threads.append(num_threads)
-            super().__init__(*args, num_threads=num_threads, **names)
-        def blocked_autorange(self, min_run_time):
-            return super().blocked_autorange(min_run_time=min_run_time / 50)
-    monkeypatch.setattr(reproduce, "Timer", ShortTimer)
+def test_table_11_measures_without_weights_in_turns(data, monkeypatch):
+    turns, median_seconds = [], reproduce.median_seconds
+    def short(device, *calls, repeat):
+        turns.append(len(calls))
+        return median_seconds(device, *calls, repeat=1)
+    monkeypatch.setattr(reproduce, "median_seconds", short)
     main(["--table", "11", "--backbone", "tiny", "--num-frames", "2", "--device", "cpu"])
     text = Path("runs/table-11-msrvtt.md").read_text()
     row = cells(text)["MMS_FV"]
-    assert float(row[1]) > 0 and float(row[2]) > 0 and row[3] == "9.64 / 11.2"
-    assert set(threads) == {torch.get_num_threads()} and f"{threads[0]} threads" in text
+    assert float(row[1]) > 0 and float(row[2]) > 0 and row[3] == "9.64 / 11.2 / 48.1"
+    assert turns == [5] and f"{torch.get_num_threads()} threads" in text
+
+def test_figure_4_for_a_query_of_ones_own_shows_the_video_that_fits_best(data, monkeypatch):
+    drawn, draw = [], reproduce.draw_interactions
+    def note_and_draw(rows):
+        drawn.extend(rows)
+        return draw(rows)
+    monkeypatch.setattr(reproduce, "draw_interactions", note_and_draw)
+    main([*FLAGS, "--figure", "4", "--query", "a small dog"])
+    (title, words, frames, _, _), = drawn
+    assert words == ["a", "small", "dog"] and title == "a small dog   (clip.mp4, the best fit)"
+
+    model = VideoColBERT.load("runs/clips")
+    ids, mask = model.tokenize(["a small dog"])
+    scores = []
+    with torch.no_grad():
+        Q = model.encode_query(ids, mask)
+        for i in (3, 5):
+            F, V = model.encode_video(sample_frames(f"{i}/clip.mp4", 3, 48)[None])
+            scores.append(sum(model.similarities(Q, mask, F, V)).item())
+    best = (3, 5)[int(np.argmax(scores))]
+    assert torch.equal(frames, sample_frames(f"{best}/clip.mp4", 3, 48))
+    for flags in (["--table", "3", "--query", "dog"], ["--figure", "4", "--query", " "]):
+        with pytest.raises(InputError, match="--query belongs to --figure 4"):
+            main([*FLAGS, *flags])
 
 def test_under_torchrun_a_table_is_refused_in_one_line(data, monkeypatch):
     monkeypatch.setattr(reproduce, "WORLD", 2)
@@ -307,7 +342,7 @@ def test_under_torchrun_a_table_is_refused_in_one_line(data, monkeypatch):
 
 @pytest.mark.parametrize("flags, message", [
     (["--table", "3", "--out", "x"], "--out, --resume and --eval-only"),
-    (["--seeds", "0"], "--seeds is at least 1")])
+    (["--seeds", "0"], "--seeds must be at least 1")])
 def test_flags_of_a_single_run_are_refused(data, flags, message):
     with pytest.raises(InputError, match=message):
         main([*FLAGS, *flags])

@@ -22,7 +22,7 @@ def test_every_test_caption_tells_one_video(root):
     clip alone; the opposite of each motion is in the gallery; no test clip is trained on."""
     clips = choose_clips(1)
     said = [(f"a {c} {s} in a {f} frame", f"a {c} {s} {m}") for c, s, f, m in clips]
-    data = train.load_json_lines(str(root / "clips.jsonl"))
+    data = train.load_clips(train.Settings(data=str(root / "clips.jsonl")))
     queries = [clip.captions[0] for clip in data["test"]]
     assert len(queries) == len(set(queries)) == 240 and len(data["train"]) == len(clips) - 240
     assert [kind(query) for query in queries].count("motion") == 120
@@ -71,4 +71,4 @@ def test_two_processes_write_the_clips_once(tmp_path):
     errors = [process.communicate()[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], errors
     assert sum("writing" in error for error in errors) == 1
-    assert len(train.load_json_lines(str(tmp_path / "clips.jsonl"))["test"]) == 240
+    assert len(train.load_clips(train.Settings(data=str(tmp_path / "clips.jsonl")))["test"]) == 240

@@ -1,0 +1,78 @@
+"""Draw a run's loss, and MMS_F and MMS_V of its true pairs, over the steps.
+
+    python -m extras.curves runs/shapes curves.png
+"""
+import json
+import sys
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from train import run_main
+from video_colbert import InputError
+
+WIDTH, HEIGHT, MARGIN = 420, 260, 44  # of a panel, in pixels
+CURVES = {"loss": "#333333", "MMS_F": "#0a7d28", "MMS_V": "#c4161c"}
+PANELS = (["loss"], ["MMS_F", "MMS_V"])
+
+def read_steps(run):
+    """The lines of a run's log that are steps."""
+    try:
+        lines = Path(run, "log.jsonl").read_text().splitlines()
+    except OSError as error:
+        raise InputError(f"{run}/log.jsonl: {error.strerror}") from None
+    steps = [line for line in map(json.loads, lines) if "loss" in line]
+    if len(steps) < 2:
+        raise InputError(f"{run}/log.jsonl has less than two steps")
+    return steps
+
+def smooth(values, width):
+    """The mean of each value and those before it, `width` in all."""
+    means = []
+    for i in range(len(values)):
+        window = values[max(0, i + 1 - width):i + 1]
+        means.append(sum(window) / len(window))
+    return means
+
+def draw_panel(steps, names):
+    """Curves of a few numbers of the log in one picture -> PIL image."""
+    image = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
+    curves = {name: smooth([step[name] for step in steps], 10) for name in names}
+    low = min(0.0, min(min(values) for values in curves.values()))
+    high = max(max(values) for values in curves.values())
+    left, right, top, bottom = MARGIN, WIDTH - 12, 30, HEIGHT - 34
+
+    draw.rectangle((left, top, right, bottom), outline="#999999")
+    draw.text((left - 4, top), f"{high:.2f}", "black", font, "rt")
+    draw.text((left - 4, bottom), f"{low:.2f}", "black", font, "rb")
+    draw.text((left, bottom + 6), "0", "black", font)
+    draw.text((right, bottom + 6), f"step {steps[-1]['step'] + 1}", "black", font, "ra")
+
+    x = left
+    for name, values in curves.items():
+        draw.text((x, 8), name, CURVES[name], font)
+        x += 70
+        points = []
+        for i, value in enumerate(values):
+            across = left + (right - left) * i / (len(values) - 1)
+            points.append((across, bottom - (bottom - top) * (value - low) / (high - low or 1)))
+        draw.line(points, CURVES[name], 2)
+    return image
+
+def draw_curves(run):
+    """The panels side by side -> PIL image. Each point is the mean of ten steps."""
+    steps = read_steps(run)
+    image = Image.new("RGB", (WIDTH * len(PANELS), HEIGHT), "white")
+    for i, names in enumerate(PANELS):
+        image.paste(draw_panel(steps, names), (i * WIDTH, 0))
+    return image
+
+def main():
+    if len(sys.argv) != 3:
+        raise InputError(__doc__.split("\n")[2].strip())
+    draw_curves(sys.argv[1]).save(sys.argv[2])
+    print(sys.argv[2])
+
+if __name__ == "__main__":
+    run_main(main, "extras.curves")

@@ -1,0 +1,248 @@
+"""What an hour of hard use found (and must not find again): lost work and unclear errors."""
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from test_video_colbert import SMALL, contents, records, run_until, write_clip, write_json_lines
+from video_colbert import InputError, VideoColBERT, sample_frames
+
+FLAGS = [*SMALL, "--data", "clips.jsonl"]
+
+def clips_of(path):
+    return train.load_clips(train.Settings(data=str(path)))
+
+def write_lines(path, *records):
+    path.write_text("\n".join(map(json.dumps, records)))
+
+def test_a_path_with_dots_through_a_linked_folder_is_the_file_that_the_system_opens(tmp_path):
+    write_clip(tmp_path / "real/clip.mp4", 5)
+    write_clip(tmp_path / "clip.mp4", 9)
+    (tmp_path / "real/lists").mkdir()
+    (tmp_path / "link").symlink_to("real/lists")
+    lines = tmp_path / "link/clips.jsonl"
+    write_lines(lines, {"video": "../clip.mp4", "captions": ["a"], "split": "test"})
+    path = clips_of(lines)["test"][0].path
+    assert os.path.samefile(path, tmp_path / "real/clip.mp4")
+    assert not os.path.samefile(path, tmp_path / "clip.mp4")
+
+@pytest.mark.parametrize("one, two", [
+    ({"start": 0}, {}), ({"start": 3}, {"start": 3.0}), ({"end": 5}, {"end": 5.0}),
+    ({}, {"video": "./a.mp4"}), ({}, {"video": "absolute"}), ({}, {"video": "link.mp4"})])
+def test_one_clip_is_one_clip_however_it_is_written(tmp_path, one, two):
+    write_clip(tmp_path / "a.mp4", 3)
+    (tmp_path / "link.mp4").symlink_to("a.mp4")
+    clip = {"video": "a.mp4", "captions": ["a"], "split": "test"}
+    second = {**clip, **two}
+    if second["video"] == "absolute":
+        second["video"] = str(tmp_path / "a.mp4")
+    write_lines(tmp_path / "clips.jsonl", {**clip, **one}, second)
+    with pytest.raises(InputError, match="line 2: expected each clip only once"):
+        clips_of(tmp_path / "clips.jsonl")
+
+def test_parts_of_a_video_are_clips_of_their_own(tmp_path):
+    clip = {"video": "a.mp4", "captions": ["a"], "split": "test"}
+    write_lines(tmp_path / "clips.jsonl", clip, {**clip, "start": 1}, {**clip, "end": 2},
+                {**clip, "split": "train"})
+    assert len(clips_of(tmp_path / "clips.jsonl")["test"]) == 3
+
+def test_a_second_process_on_a_run_says_that_another_is_at_work(data, monkeypatch):
+    """And disturbs it in nothing; after the first has been killed the run is free again."""
+    train.main([*FLAGS, "--out", "whole"])
+    run_until(monkeypatch, [*FLAGS, "--out", "a"], "training_step", 2)
+    code = (f"import sys; sys.path.insert(0, {os.path.dirname(train.__file__)!r})\n"
+            "import filelock, time; lock = filelock.FileLock('a/lock'); lock.acquire()\n"
+            "print('locked', flush=True); time.sleep(600)")
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "locked\n"
+    before = Path("a/log.jsonl").read_bytes()
+    with pytest.raises(InputError, match="another process is at work on a; try later"):
+        train.main(["--resume", "a"])
+    assert Path("a/log.jsonl").read_bytes() == before
+    other.kill()
+    other.wait()
+    train.main(["--resume", "a"])
+    assert contents("a") == contents("whole") and not Path("a/lock").exists()
+
+def test_a_video_that_is_replaced_during_the_run_stops_it(data, monkeypatch):
+    evaluate = train.evaluate
+    def replaces(*args):
+        write_clip(data / "0/clip.mp4", 29)
+        return evaluate(*args)
+    monkeypatch.setattr(train, "evaluate", replaces)
+    with pytest.raises(InputError, match="the clips of clips.jsonl changed during the run"):
+        train.main([*FLAGS, "--out", "a"])
+    assert not train.finished("a")
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    """Even if they have the same process and thread id, as in two containers."""
+    path = tmp_path / "file"
+    with train.atomic_write(path) as first, train.atomic_write(path) as second:
+        assert first.name != second.name
+        first.write(b"first")
+        second.write(b"second")
+    assert path.read_bytes() == b"first" and os.listdir(tmp_path) == ["file"]
+
+class FullDisk:
+    """An open file whose disk is full."""
+    name = "a/log.jsonl"
+    def write(self, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+def test_a_disk_that_is_full_when_the_log_is_written_is_one_line():
+    with pytest.raises(InputError, match="a/log.jsonl: No space left on device"):
+        train.write_line(FullDisk(), {})
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_the_default_run_on_a_full_disk_or_in_a_read_only_folder_is_one_line(
+        tmp_path, monkeypatch, number):
+    monkeypatch.chdir(tmp_path)
+    def fails(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(Path, "mkdir", fails)
+    with pytest.raises(InputError, match=f"data/shapes: {os.strerror(number)}"):
+        train.main(["--device", "cpu"])
+
+def test_a_cache_file_that_cannot_be_read_is_decoded_again(tmp_path, monkeypatch):
+    path, load = write_clip(tmp_path / "a.mp4"), train.np.fromfile
+    def frames():
+        return train.cached_frames(train.Clip(str(path), ["a"]), 4, 16, tmp_path / "cache")
+    first = frames()
+    def not_allowed(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+    monkeypatch.setattr(train.np, "fromfile", not_allowed)
+    assert torch.equal(frames(), first)
+    monkeypatch.setattr(train.np, "fromfile", load)
+    assert torch.equal(frames(), first)
+
+def test_huge_numbers_and_empty_batches_are_documented_errors(tmp_path, tiny):
+    path = write_clip(tmp_path / "a.mp4")
+    line = {"video": "a.mp4", "captions": ["a"], "split": "test", "end": int("9" * 400)}
+    write_lines(tmp_path / "clips.jsonl", line)
+    clip, = clips_of(tmp_path / "clips.jsonl")["test"]
+    frames = train.cached_frames(clip, 3, 16, tmp_path / "cache")
+    assert torch.equal(frames, sample_frames(path, 3, 16))
+    with pytest.raises(InputError, match="a.mp4: no 0 frames"):
+        sample_frames(path, 0, 64)
+    with pytest.raises(ValueError, match="frames must be uint8"):
+        tiny.encode_video(torch.zeros(0, 6, 3, tiny.image_size, tiny.image_size).byte())
+    with pytest.raises(InputError, match="--device meta"):
+        train.main([*SMALL, "--data", str(tmp_path / "clips.jsonl"), "--device", "meta"])
+
+def test_a_run_resumes_on_a_file_of_the_same_clips_elsewhere_and_on_no_other(data, monkeypatch):
+    train.main([*FLAGS, "--out", "whole"])
+    run_until(monkeypatch, [*FLAGS, "--out", "a"], "training_step", 2)
+    os.mkdir("moved")
+    for name in [*"012345", "clips.jsonl"]:
+        shutil.move(name, f"moved/{name}")
+    with pytest.raises(InputError, match="clips.jsonl: No such file"):
+        train.main(["--resume", "a"])
+    write_json_lines(data / "other", "train train train test")
+    with pytest.raises(InputError, match="a was started with other clips or captions"):
+        train.main(["--resume", "a", "--data", "other/clips.jsonl"])
+    train.main(["--resume", "a", "--data", "moved/clips.jsonl"])
+    assert contents("a") == contents("whole")
+
+def test_a_run_that_is_not_finished_cannot_be_evaluated_but_resumed(data, monkeypatch):
+    run_until(monkeypatch, [*FLAGS, "--out", "a"], "training_step", 2)
+    with pytest.raises(InputError, match="a is not finished: use --resume a"):
+        train.main(["--eval-only", "a"])
+
+@pytest.mark.parametrize("flags, message", [
+    ("--warmup 3", "--warmup is a share of the steps"), ("--lambda-frame nan", "--lambda-frame"),
+    ("--pretrained a.pt", "tiny backbone has no pretrained weights"),
+    ("--freeze False", "--freeze False: write --freeze or --no-freeze"),
+    ("--freeze=False", "--freeze False: write --freeze or --no-freeze"),
+    ("--logit-scale -inf", "--logit-scale cannot be -inf"),
+    ("--resume a --eval-only b", "--resume and --eval-only exclude each other")])
+def test_settings_that_make_no_sense_are_named(data, flags, message):
+    with pytest.raises(InputError, match=message):
+        train.main([*FLAGS, *flags.split()])
+
+def test_a_max_grad_norm_of_0_is_no_clipping(data):
+    train.main([*FLAGS, "--epochs", "1", "--max-grad-norm", "0", "--out", "zero"])
+    train.main([*FLAGS, "--epochs", "1", "--max-grad-norm", "1e9", "--out", "large"])
+    assert contents("zero") == contents("large")
+
+def test_evaluation_encodes_few_captions_at_a_time(data, monkeypatch):
+    """However many a clip has."""
+    sizes, encode_query = [], VideoColBERT.encode_query
+    def noted(model, ids, mask):
+        sizes.append(len(ids))
+        return encode_query(model, ids, mask)
+    monkeypatch.setattr(VideoColBERT, "encode_query", noted)
+    lines = [json.loads(line) for line in open("clips.jsonl")]
+    lines[3]["captions"] = [f"caption {i}" for i in range(300)]
+    write_lines(data / "clips.jsonl", *lines)
+    train.main([*FLAGS, "--epochs", "0"])
+    assert sum(sizes) == 301 and max(sizes) == 32
+
+def test_the_best_epoch_on_the_test_set_is_reported_and_selects_nothing(data, capsys):
+    train.main([*FLAGS, "--out", "a", "--eval-every", "1"])
+    table = capsys.readouterr().out
+    train.main([*FLAGS, "--out", "b"])
+    tests = [line for line in records("a") if line.get("split") == "test"]
+    assert [line["epoch"] for line in tests] == [0, 1]
+    assert {"R@1", "R@5", "R@10", "nDCG@10", "MdR", "MnR"} < tests[0].keys()
+    best = max(tests, key=lambda line: line["R@1"])
+    assert records("a")[-1]["best"] == best
+    assert (f"which CLIP4Clip, DRL and UATVR report: epoch {best['epoch']}, "
+            f"R@1 {best['R@1']:.4g} R@5 {best['R@5']:.4g}") in table
+    assert contents("a")["model.safetensors"] == contents("b")["model.safetensors"]
+    assert "best epoch" not in capsys.readouterr().out
+
+def test_a_second_start_on_a_folder_changes_nothing_of_the_first(data, monkeypatch):
+    """It found the folder free, and decoded while the first one began."""
+    fill_cache = train.fill_cache
+    def another_begins(*args):
+        if not os.path.exists("a/settings.json"):
+            os.makedirs("a", exist_ok=True)
+            Path("a/settings.json").write_text("the first one's")
+        return fill_cache(*args)
+    monkeypatch.setattr(train, "fill_cache", another_begins)
+    with pytest.raises(InputError, match="a exists: give a new --out"):
+        train.main([*FLAGS, "--out", "a"])
+    assert Path("a/settings.json").read_text() == "the first one's"
+
+def test_a_checkpoint_damaged_anywhere_falls_back(data, monkeypatch, capsys):
+    """Also in the directory of the zip file, at its end."""
+    run_until(monkeypatch, [*FLAGS, "--out", "a", "--checkpoint-every", "1"], "training_step", 3)
+    first, last = sorted(Path("a/checkpoints").iterdir())
+    good = last.read_bytes()
+    for at in range(len(good) - 3000, len(good), 150):
+        damaged = bytearray(good)
+        damaged[at] ^= 255
+        last.write_bytes(damaged)
+        assert train.load_checkpoint("a")["step"] in (2, 3)
+    assert f"{last} is damaged" in capsys.readouterr().out
+
+def test_evaluation_only_reads_test_clips_alone_in_either_spelling(data, monkeypatch):
+    train.main([*FLAGS, "--epochs", "0", "--out", "a"])
+    os.unlink("0/clip.mp4")
+    for flag in ("--eval-only", "--eval_only"):
+        train.main([flag, "a", "--data", "clips.jsonl", "--out", flag[2:], "--cache", "new"])
+        assert records(flag[2:])[-1]["gallery"] == 2
+    assert len([path for path in Path("new").iterdir() if path.is_file()]) == 2
+
+def test_training_clips_that_are_left_out_are_counted_in_the_table(data, capsys):
+    os.unlink("0/clip.mp4")
+    train.main([*FLAGS, "--allow-missing", "--out", "a"])
+    assert "gallery of 2 clips, 1 training clips missing" in capsys.readouterr().out
+
+def test_an_evaluation_that_was_stopped_is_resumed(data, monkeypatch):
+    train.main([*FLAGS, "--epochs", "0", "--out", "a"])
+    run_until(monkeypatch, ["--eval-only", "a", "--out", "b"], "result_rows", 0)
+    train.main(["--resume", "b"])
+    assert records("b")[-1]["evaluation"] == records("a")[-1]["evaluation"]
+
+def test_resume_with_the_same_data_keeps_their_folder(data, monkeypatch):
+    (data / "elsewhere").mkdir()
+    run_until(monkeypatch, [*FLAGS, "--root", "elsewhere", "--out", "a"], "training_step", 1)
+    assert train.parse_settings(["--resume", "a", "--data", "clips.jsonl"]).root == "elsewhere"
