@@ -283,13 +283,15 @@ def test_a_wrong_flag_is_an_error_before_anything_slow(data, monkeypatch, flags,
     assert "\n" not in str(error.value)
 
 @pytest.mark.parametrize("change, message", [
-    ({"split": "trian"}, "expected a split of train, val or test"), ({"captions": "a"}, "expected a list of captions"),
+    ({"split": "trian"}, "expected a split of train, val or test"),
+    ({"captions": "a"}, "expected a list of captions"),
     ({"captions": []}, "expected a list of captions"), ({"captions": ["a", " "]}, "not blank"),
     ({"captions": ["\ud800"]}, "surrogates"), ({"video": 3}, "expected {"),
     ({"video": "c\0.mp4"}, "null"),
     ({"video": "./a.mp4"}, "each clip only once"), ({"split": []}, "unhashable type"),
     ({"end": 0}, "0 <= start < end"), ({"start": -1}, "0 <= start"),
-    ({"start": math.nan}, "0 <= start"), ({"start": "1"}, "0 <= start"), ({"start": None}, "0 <= start"),
+    ({"start": math.nan}, "0 <= start"), ({"start": "1"}, "0 <= start"),
+    ({"start": None}, "0 <= start"),
     ({"start": 5, "end": 4}, "0 <= start < end"), (5, "expected {"), (None, "expected {"),
     ([], "expected {"), ("{", "Expecting"), ("[" * 100_000, "recursion"),
     ({"strat": 3}, "unexpected keyword argument 'strat'")])
@@ -909,7 +911,8 @@ def test_a_killed_decoding_continues_and_gives_the_same_cache(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     write_json_lines(tmp_path, " ".join(["train"] * 58 + ["test"] * 2))
     def files(cache):
-        return {file.name: file.read_bytes() for file in (tmp_path / cache).glob("*") if file.is_file()}
+        found = [file for file in (tmp_path / cache).glob("*") if file.is_file()]
+        return {file.name: file.read_bytes() for file in found}
     process = start(decode_clips, "killed")
     wait_for(lambda: len(files("killed")) >= 5, process)
     process.kill()

@@ -13,6 +13,7 @@ import torch
 from av.video.reformatter import VideoReformatter
 
 import video_colbert
+from extras.test_core import mutate
 from test_video_colbert import frame_numbers, write_clip
 from video_colbert import VideoError, frame_times, frames_at, sample_frames, sample_times
 
@@ -301,22 +302,6 @@ def test_what_is_no_video_is_named_in_one_line(tmp_path, make, message):
     with pytest.raises(VideoError, match=rf"a\.mp4: .*{message}") as error:
         sample_frames(tmp_path / "a.mp4", 4, 16)
     assert "\n" not in str(error.value)
-
-def mutate(content, rng):
-    """One to three faults: a bit, a run of bytes, a gap, a repetition, the largest number, the
-    end missing."""
-    content = bytearray(content)
-    for _ in range(rng.integers(1, 4)):
-        at, n = int(rng.integers(len(content) or 1)), int(rng.integers(1, 64))
-        fault = rng.integers(6)
-        if fault == 0 and content:
-            content[at] ^= 1 << int(rng.integers(8))
-        elif fault == 5:
-            del content[max(1, at):]
-        else:
-            content[at:at + n] = [b"", rng.bytes(n), b"", bytes(content[at:at + n]) * 2,
-                                  b"\xff" * min(n, 8)][fault]
-    return bytes(content)
 
 def test_300_mutated_videos_give_frames_or_one_clear_error(tmp_path):
     """Never a hang, a crash, another exception or a wrong shape. Both outcomes are frequent, so
