@@ -103,23 +103,20 @@ def parse_settings(argv):
         first.add_argument(flag, default="")
     first.add_argument("--eval-only", "--eval_only", default="")
     typed, _ = first.parse_known_args(argv)
-    # Flags without a value, such as --freeze, have a second form, --no-freeze.
-    words = " ".join(argv).replace("=", " ").split()
-    for flag, value in zip(words, words[1:]):
-        if flag.startswith("--") and value in ("True", "False"):
-            raise InputError(f"{flag} {value}: write {flag} or --no-{flag[2:]}")
-
     if typed.resume and typed.eval_only:
         raise InputError("--resume and --eval-only exclude each other")
+
     run = typed.resume or typed.eval_only
     if run:
         saved = default = read_settings(run)
-        if typed.data and typed.data != saved.data:
+        if typed.data not in ("", saved.data):
             default = replace(saved, root="")  # other data have another folder
     else:
         default = default_settings(typed.data, typed.backbone, typed.loss)
-    description = "Train and evaluate Video-ColBERT."
-    s = tyro.cli(Settings, args=argv, default=default, description=description)
+    words = " ".join(argv).replace("=", " ").split()
+    if "True" in words or "False" in words:
+        raise InputError("do not write True or False, but --freeze or --no-freeze")
+    s = tyro.cli(Settings, args=argv, default=default, description=__doc__.splitlines()[0])
 
     check_settings(s)
     if run:
@@ -131,13 +128,13 @@ def parse_settings(argv):
     return s
 
 def check_settings(s):
-    """Raise InputError for numbers that make no sense, NaN among them."""
+    """Raise InputError for numbers that make no sense, NaN and infinity among them."""
     lowest = dict(logit_scale=-100, logit_bias=-1e6, batch_size=1, workers=1,
                   captions_per_video=1, checkpoint_every=1)
     for name, value in asdict(s).items():
-        if isinstance(value, (int, float)):
-            if not lowest.get(name, 0) <= value < 2 ** 63:
-                raise InputError(f"--{name.replace('_', '-')} cannot be {value}")
+        is_number = isinstance(value, (int, float))
+        if is_number and not lowest.get(name, 0) <= value < 2 ** 63:
+            raise InputError(f"--{name.replace('_', '-')} cannot be {value}")
     if s.warmup > 1:
         raise InputError(f"--warmup is a share of the steps, 0 to 1, not {s.warmup}")
     if s.batch_size % WORLD:
@@ -203,12 +200,13 @@ def load_clips(s):
 
     data = {"train": [], "val": [], "test": []}
     seen = set()
-    for source, split, record in records:
+    for source, record in records:
         with user_errors(source):
-            clip = Clip(**record)
-            key = (split, os.path.realpath(clip.path), clip.start, clip.end)
+            split = record.pop("split")
             if split not in data:
                 raise ValueError("expected a split of train, val or test")
+            clip = Clip(record.pop("video"), **record)
+            key = (split, os.path.realpath(clip.path), clip.start, clip.end)
             if key in seen:
                 raise ValueError("expected each clip only once")
             seen.add(key)
@@ -227,9 +225,8 @@ def json_records(path):
             record = json.loads(line)
             if not isinstance(record, dict) or not isinstance(record.get("video"), str):
                 raise ValueError('expected {"video": path, ...}')
-            record["path"] = os.path.join(os.path.dirname(path), record.pop("video"))
-            split = record.pop("split")
-        yield source, split, record  # keys as in Clip
+            record["video"] = os.path.join(os.path.dirname(path), record["video"])
+        yield source, record
 
 MSRVTT_HELP = """
   curl -L -C - -O https://www.robots.ox.ac.uk/~maxbain/frozen-in-time/data/MSRVTT.zip
@@ -238,30 +235,27 @@ MSRVTT_HELP = """
 For another copy: python -m extras.datasets msrvtt FOLDER"""
 
 def msrvtt_records(root):
-    """9k training and 1k-A test clips (section 5.1) of CLIP4Clip's copy: three files of
-    annotation and the videos, anywhere below a folder."""
-    data_files = find_files(root, "MSRVTT_data.json")
-    train_files = find_files(root, "MSRVTT_train.9k.csv")
-    test_files = find_files(root, "MSRVTT_JSFUSION_test.csv")
+    """9k training and 1k-A test clips (section 5.1) of CLIP4Clip's copy, as records like
+    those of JSON lines: three files of annotation and the videos, anywhere in a folder."""
+    annotation = find_files(root, "MSRVTT_data.json")
+    train_rows = find_files(root, "MSRVTT_train.9k.csv")
+    test_rows = find_files(root, "MSRVTT_JSFUSION_test.csv")
     videos = {Path(path).stem: path for path in find_files(root, "*.mp4")}
-    if not (data_files and train_files and test_files and videos):
+    if not (annotation and train_rows and test_rows and videos):
         raise InputError(f"no MSR-VTT in {root}: use --root FOLDER{MSRVTT_HELP}")
 
     captions = {}
-    annotation = read_file(data_files[0], json.load)
-    with user_errors(data_files[0]):
-        for sentence in annotation["sentences"]:
+    content = read_file(annotation[0], json.load)
+    with user_errors(annotation[0]):
+        for sentence in content["sentences"]:
             captions.setdefault(sentence["video_id"], []).append(sentence["caption"])
-    for row in read_file(train_files[0], read_rows):
-        with user_errors(train_files[0]):
-            video = row["video_id"]
-            record = dict(path=videos.get(video, video), captions=captions[video])
-        yield train_files[0], "train", record
-    for row in read_file(test_files[0], read_rows):
-        with user_errors(test_files[0]):
-            video = row["video_id"]
-            record = dict(path=videos.get(video, video), captions=[row["sentence"]])
-        yield test_files[0], "test", record
+    for file, split in ((train_rows[0], "train"), (test_rows[0], "test")):
+        for row in read_file(file, read_rows):
+            with user_errors(file):
+                video = row["video_id"]
+                texts = captions[video] if split == "train" else [row["sentence"]]
+                path = videos.get(video, video)
+            yield file, dict(video=path, captions=texts, split=split)
 
 def read_rows(file):
     return list(csv.DictReader(file))
@@ -372,10 +366,10 @@ def epoch_examples(clips, s, epoch):
     k = s.captions_per_video
     examples = []
     for v, clip in enumerate(clips):
-        order = rng.permutation(len(clip.captions))
-        count = math.ceil(len(order) / k)
-        rows = np.resize(order, (count, k))  # NumPy's resize repeats what is missing
-        examples += [(v, row) for row in rows.tolist()]
+        order = rng.permutation(len(clip.captions)).tolist()
+        for i in range(0, len(order), k):
+            chosen = [order[j % len(order)] for j in range(i, i + k)]
+            examples.append((v, chosen))
     return [examples[i] for i in rng.permutation(len(examples))]
 
 def batches(clips, s):
@@ -397,21 +391,22 @@ def positive_pairs(clips, batch):
     """Which of a batch's A captions belong to which of its B videos -> bool (A, B): a
     video's own, and captions of others that have the same text as one of its own."""
     videos = np.array([v for v, _ in batch])  # (B,)
-    owner = np.repeat(videos, [len(chosen) for _, chosen in batch])  # (A,)
-    captions = [clips[v].captions[c] for v, chosen in batch for c in chosen]
-    text = np.array(captions)  # (A,)
-    same_text = (text[:, None] == text).astype(np.float32)  # (A, A)
-    same_video = (owner[:, None] == videos).astype(np.float32)  # (A, B)
-    # The product counts the captions of a video that have the same text.
-    return torch.from_numpy(same_text @ same_video > 0)
+    texts, described = [], {}  # the captions; the videos that each of them describes
+    for v, chosen in batch:
+        for c in chosen:
+            text = clips[v].captions[c]
+            texts.append(text)
+            described.setdefault(text, []).append(v)
+    rows = [np.isin(videos, described[text]) for text in texts]  # A times (B,)
+    return torch.from_numpy(np.stack(rows))
 
 # ---- Optimizer (section 5.2, Table 9)
 def make_optimizer(model, s):
     """AdamW, in groups of pre-trained parameters, new ones, and the loss's scale and bias.
     Biases and norms, which have one dimension, do not decay."""
     # Trained from scratch, scale and bias start far from their final values.
-    scale = 10 * s.lr if s.backbone == "tiny" else s.lr_pretrained
-    lr = dict(pretrained=s.lr_pretrained, new=s.lr, scale=scale)
+    loss_lr = 10 * s.lr if s.backbone == "tiny" else s.lr_pretrained
+    peak_lr = dict(pretrained=s.lr_pretrained, new=s.lr, scale=loss_lr)
     groups = {}
     for name, p in model.named_parameters():
         kind = "pretrained" if name.startswith("backbone.") else "new"
@@ -420,7 +415,7 @@ def make_optimizer(model, s):
         decay = s.weight_decay if p.ndim > 1 else 0.0
         if p.requires_grad:
             groups.setdefault((kind, decay), []).append(p)
-    groups = [dict(params=params, name=kind, peak_lr=lr[kind], weight_decay=decay)
+    groups = [dict(params=params, name=kind, peak_lr=peak_lr[kind], weight_decay=decay)
               for (kind, decay), params in groups.items()]
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
@@ -430,6 +425,48 @@ def schedule(step, steps, warmup):
     if step < rise:
         return (step + 1) / rise
     return (steps - step) / (steps - rise)
+
+# ---- Several processes (torchrun): each encodes its share, all see the whole loss
+def rank_slice(items):
+    """The part of a list that this process works on."""
+    return items[len(items) * RANK // WORLD:len(items) * (RANK + 1) // WORLD]
+
+def gather_lists(part):
+    """All processes' lists, joined in order of rank."""
+    if WORLD == 1:
+        return part
+    parts = [None] * WORLD
+    dist.all_gather_object(parts, part)
+    return sum(parts, [])
+
+def any_process(flag):
+    """Whether the flag is set in any process."""
+    flag = torch.tensor(int(flag))
+    if WORLD > 1:
+        dist.all_reduce(flag)
+    return flag.item() > 0
+
+def gather_rows(x):
+    """All processes' rows in order of rank. Gradients flow to this process's own rows."""
+    if WORLD == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(WORLD)]
+    dist.all_gather(parts, x.detach())
+    parts[RANK] = x
+    return torch.cat(parts)
+
+def sum_gradients(model):
+    """The gradient of the whole batch's loss is the sum over all processes' rows."""
+    named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for name, gradient in named.items():
+        if name.startswith("logit_"):
+            gradient /= WORLD  # not of rows: each process has all of it
+    # One message instead of one for each parameter.
+    flat = torch.cat([gradient.flatten() for gradient in named.values()])
+    dist.all_reduce(flat)
+    sizes = [gradient.numel() for gradient in named.values()]
+    for gradient, total in zip(named.values(), flat.split(sizes)):
+        gradient.copy_(total.view_as(gradient))
 
 # ---- Training step
 def training_step(model, optimizer, scaler, s, ids, mask, frames, positives):
@@ -461,8 +498,7 @@ def training_step(model, optimizer, scaler, s, ids, mask, frames, positives):
 def backward_at_once(model, scaler, s, ids, mask, frames, positives):
     """Gradients of a batch that fits into memory -> loss, MMS_F, MMS_V."""
     Q, F, V = encode(model, s, ids, mask, frames)
-    Q, mask, F, V = gather_rows(Q), gather_rows(mask), gather_rows(F), gather_rows(V)
-    loss, sim_F, sim_V = model.compute_loss(Q, mask, F, V, positives)
+    loss, sim_F, sim_V = whole_loss(model, Q, mask, F, V, positives)
     scaler.scale(loss).backward()
     return loss, sim_F, sim_V
 
@@ -484,9 +520,8 @@ def backward_in_parts(model, scaler, s, ids, mask, frames, positives):
         V.append(v.requires_grad_())
 
     # 2. The loss of the whole batch gives the gradient of each embedding.
-    all_Q, all_mask = gather_rows(torch.cat(Q)), gather_rows(mask)
-    all_F, all_V = gather_rows(torch.cat(F)), gather_rows(torch.cat(V))
-    loss, sim_F, sim_V = model.compute_loss(all_Q, all_mask, all_F, all_V, positives)
+    loss, sim_F, sim_V = whole_loss(
+        model, torch.cat(Q), mask, torch.cat(F), torch.cat(V), positives)
     scaler.scale(loss).backward()
 
     # 3. Embed each part again, and pass these gradients on to the parameters.
@@ -494,20 +529,33 @@ def backward_in_parts(model, scaler, s, ids, mask, frames, positives):
         torch.autograd.backward(encode(model, s, *part), (q.grad, f.grad, v.grad))
     return loss, sim_F, sim_V
 
+def whole_loss(model, Q, mask, F, V, positives):
+    """compute_loss with the embeddings of all processes."""
+    Q, mask, F, V = gather_rows(Q), gather_rows(mask), gather_rows(F), gather_rows(V)
+    return model.compute_loss(Q, mask, F, V, positives)
+
 def encode(model, s, ids, mask, frames):
     with autocast(frames.device, s.precision):
         Q = model.encode_query(ids, mask)
         F, V = model.encode_video(frames)
     return Q, F, V
 
-def autocast(device, precision="auto"):
-    """Precision of the encoders. auto: bf16 on CUDA GPUs that have it, fp16 on other CUDA
+def pick_dtype(device, precision):
+    """The dtype of the encoders. auto is bf16 on CUDA GPUs that have it, fp16 on other CUDA
     GPUs, and fp32 elsewhere."""
     if precision == "auto" and device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if has_bf16 else "fp16"
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype, enabled=precision in ("bf16", "fp16"))
+    return dict(bf16=torch.bfloat16, fp16=torch.float16).get(precision, torch.float32)
+
+def autocast(device, precision="auto"):
+    dtype = pick_dtype(device, precision)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+def make_scaler(device, precision):
+    """fp16 loses small gradients unless the loss is scaled up; otherwise the scale is 1."""
+    is_fp16 = pick_dtype(device, precision) == torch.float16
+    return torch.amp.GradScaler(device.type, growth_interval=200, enabled=is_fp16)
 
 # ---- Training loop
 def train(model, data, s, device, out, data_id):
@@ -518,10 +566,9 @@ def train(model, data, s, device, out, data_id):
     steps = s.epochs * steps_per_epoch
 
     optimizer = make_optimizer(model, s)
-    fp16 = autocast(device, s.precision).fast_dtype == torch.float16
-    scaler = torch.amp.GradScaler(device.type, growth_interval=200, enabled=fp16)
+    scaler = make_scaler(device, s.precision)
     state = dict(model=model, optimizer=optimizer, scaler=scaler)
-    first, log_end = resume(out, state, data_id)
+    first, log_end = restore(out, state, data_id)
     log = open(os.devnull if RANK else out / "log.jsonl", "a")
     if RANK == 0:
         log.truncate(log_end)  # later steps run again
@@ -531,8 +578,8 @@ def train(model, data, s, device, out, data_id):
     handle_signals(lambda number, frame: stop.set())
     load = partial(load_batch, clips=clips, s=s, model=model)
     todo = itertools.islice(batches(clips, s), first, None)  # without those done before
-    name = f"training on {device_name(device)}"
-    bar = tqdm(desc=name, initial=first, total=steps, disable=RANK > 0)
+    bar = tqdm(desc=f"training on {device_name(device)}", initial=first, total=steps,
+               disable=RANK > 0)
     unread = []  # steps whose numbers are still on the GPU
     with log, bar:
         for step, inputs in enumerate(prefetch(load, todo, s.workers), first):
@@ -546,9 +593,9 @@ def train(model, data, s, device, out, data_id):
             epoch, place = divmod(step, steps_per_epoch)
             unread.append((dict(step=step, epoch=epoch, lr=lr), numbers))
             ends_epoch = place + 1 == steps_per_epoch
-            stops = any(gather_lists([stop.is_set()]))  # in any process
+            stops = any_process(stop.is_set())
             saves = stops or ends_epoch or (step + 1) % s.checkpoint_every == 0
-            # To read the numbers of each step would make a GPU wait.
+            # A GPU would have to wait if the numbers were read after each step.
             if saves or device.type == "cpu" or len(unread) == 50:
                 write_log(log, bar, unread)
                 unread = []
@@ -559,8 +606,9 @@ def train(model, data, s, device, out, data_id):
                 save_checkpoint(out, step + 1, log.tell(), state, data_id)
             if stops:
                 break
+
     # The signal may also have come in the last evaluation.
-    if any(gather_lists([stop.is_set()])):
+    if any_process(stop.is_set()):
         if RANK == 0:
             note = f"stopped after step {bar.n - 1}; continue with --resume {out}"
             print(note, file=sys.stderr)
@@ -580,9 +628,9 @@ def write_log(log, bar, unread):
     for line, numbers in unread:
         loss, mms_f, mms_v, norm, scale = numbers.tolist()
         line.update(loss=loss, MMS_F=mms_f, MMS_V=mms_v, grad_norm=norm)
-        # Without fp16 the scale is 1.
+        # A gradient that overflows in fp16 is no failure: the scaler skips the step, and
+        # halves the scale for the next one. Without fp16 the scale is 1.
         if scale > 1 and not math.isfinite(norm):
-            # fp16 skipped this step, and the next one has half the scale.
             line.update(grad_norm=None, loss_scale=scale)
         elif not math.isfinite(loss + norm):
             step = line["step"]
@@ -624,15 +672,15 @@ def load_checkpoint(out):
     if paths:
         raise InputError(f"all checkpoints in {out} are damaged: start a new run")
 
-def resume(out, state, data_id):
-    """Load the last checkpoint, if there is one -> its step, and the log's length."""
+def restore(out, state, data_id):
+    """Load the last checkpoint -> its step, and the log's length; 0, 0 if there is none."""
     content = load_checkpoint(out)
     if content is None:
         return 0, 0
     if content["data"] != data_id:
         raise InputError(f"{out} was started with other clips or captions")
     for name, part in state.items():
-        if content[name]:  # the state of the scaler is empty but for fp16
+        if content[name]:  # without fp16, the scaler's state is empty
             part.load_state_dict(content[name])
     torch.set_rng_state(content["rng"])
     return content["step"], content["log_end"]
@@ -650,13 +698,15 @@ def atomic_write(path):
             os.replace(f"{folder}/part", path)
 
 # ---- Evaluation (section 5.3, Table 3)
+EVAL_BATCH = 32  # videos or queries at a time
+
 @torch.compiler.set_stance("force_eager")  # --compile is for the shapes of training
 @torch.no_grad()
 def evaluate(model, clips, s, device):
     """Every caption against every clip -> MMS_F (A, B), MMS_V (A, B), target (A,)."""
     model.eval()
-    few = s.micro_batch or 32
-    parts = [clips[i:i + few] for i in range(0, len(clips), few)]
+    size = s.micro_batch or EVAL_BATCH
+    parts = [clips[i:i + size] for i in range(0, len(clips), size)]
     load = partial(load_frames, s=s, size=model.image_size)
     F, V = [], []
     for frames in tqdm(prefetch(load, parts, s.workers), "evaluating", len(parts)):
@@ -669,8 +719,8 @@ def evaluate(model, clips, s, device):
     # A few queries at a time, because each token is compared with each frame.
     captions = [caption for clip in clips for caption in clip.captions]
     sim_F, sim_V = [], []
-    for i in range(0, len(captions), few):
-        ids, mask = model.tokenize(captions[i:i + few])
+    for i in range(0, len(captions), size):
+        ids, mask = model.tokenize(captions[i:i + size])
         ids, mask = ids.to(device), mask.to(device)
         with autocast(device, s.precision):
             Q = model.encode_query(ids, mask)
@@ -683,72 +733,37 @@ def evaluate(model, clips, s, device):
 
 def result_rows(sim_F, sim_V, target, interaction="mms"):
     """Metrics of Table 3's scores, text to video and video to text -> a list of dicts."""
-    to_video = [sim_F, sim_V, mms_fv(sim_F, sim_V)]
-    to_text = [video_to_text(sim, target) for sim in to_video]
-    own_group = torch.arange(len(to_text[0]))
-    rows = score_rows("text to video", *to_video, target, interaction.upper())
-    return rows + score_rows("video to text", *to_text, own_group, interaction.upper())
-
-def score_rows(direction, sim_F, sim_V, sim_FV, target, name):
-    scores = {f"{name}_F": sim_F, f"{name}_V": sim_V, f"{name}_FV": sim_FV,
-              "RRF": reciprocal_rank_fusion(sim_F, sim_V)}
+    name = interaction.upper()
+    scores = {f"{name}_F": sim_F, f"{name}_V": sim_V, f"{name}_FV": mms_fv(sim_F, sim_V)}
+    to_text = {score: video_to_text(sim, target) for score, sim in scores.items()}
+    own_group = torch.arange(len(to_text[f"{name}_F"]))
     rows = []
-    for score, sim in scores.items():
-        row = dict(score=score, direction=direction, queries=len(sim))
-        rows.append(row | retrieval_metrics(sim, target))
+    for direction, sims, answer in (("text to video", scores, target),
+                                    ("video to text", to_text, own_group)):
+        sims["RRF"] = reciprocal_rank_fusion(sims[f"{name}_F"], sims[f"{name}_V"])
+        for score, sim in sims.items():
+            row = dict(score=score, direction=direction, queries=len(sim))
+            rows.append(row | retrieval_metrics(sim, answer))
     return rows
 
-def results_table(record):
-    """The record of a run as text."""
-    lines = [f"gallery of {record['gallery']} clips"]
-    if record["missing"]:
-        lines[0] += f", {record['missing']} test clips missing: not comparable"
-    if record["missing_train"]:
-        lines[0] += f", {record['missing_train']} training clips missing"
-    lines.append("".join(f"{name:>14}" for name in record["evaluation"][0]))
-    for row in record["evaluation"]:
+def results_table(result):
+    """The result of a run as text."""
+    lines = [f"gallery of {result['gallery']} clips"]
+    if result["missing"]:
+        lines[0] += f", {result['missing']} test clips missing: not comparable"
+    if result["missing_train"]:
+        lines[0] += f", {result['missing_train']} training clips missing"
+    lines.append("".join(f"{name:>14}" for name in result["evaluation"][0]))
+    for row in result["evaluation"]:
         cells = [f"{x:.3f}" if isinstance(x, float) else x for x in row.values()]
         lines.append("".join(f"{cell:>14}" for cell in cells))
 
-    best = record["best"]
+    best = result["best"]
     if best:
         metrics = " ".join(f"{name} {best[name]:.4g}" for name in ("R@1", "R@5", "R@10"))
         lines.append(f"best epoch on the test set, which CLIP4Clip, DRL and UATVR report: "
                      f"epoch {best['epoch']}, {metrics} nDCG@10 {best['nDCG@10']:.4g}")
     return "\n".join(lines)
-
-# ---- Several processes (torchrun): each encodes its share, all see the whole loss
-def rank_slice(items):
-    """The part of a list that this process works on."""
-    return items[len(items) * RANK // WORLD:len(items) * (RANK + 1) // WORLD]
-
-def gather_lists(part):
-    """All processes' lists, joined in order of rank."""
-    if WORLD == 1:
-        return part
-    parts = [None] * WORLD
-    dist.all_gather_object(parts, part)
-    return sum(parts, [])
-
-def gather_rows(x):
-    """All processes' rows in order of rank. Gradients flow to this process's own rows;
-    sum_gradients adds up those of all processes."""
-    if WORLD == 1:
-        return x
-    parts = [torch.empty_like(x) for _ in range(WORLD)]
-    dist.all_gather(parts, x.detach())
-    parts[RANK] = x
-    return torch.cat(parts)
-
-def sum_gradients(model):
-    """Add up all processes' gradients, in one message."""
-    named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    for name, gradient in named.items():
-        if name.startswith("logit_"):
-            gradient /= WORLD  # it is the same in each process
-    flat = torch.cat([gradient.flatten() for gradient in named.values()])
-    dist.all_reduce(flat)
-    torch.nn.utils.vector_to_parameters(flat, named.values())  # into the gradients
 
 # ---- A run
 def run(s, device):
@@ -762,9 +777,9 @@ def run(s, device):
     for split in splits:
         if split != "val" and not data[split]:
             raise InputError(f"{s.data} has no {split} clips")
-    record = finished(out)
-    if s.resume and record:
-        if record["data"] != data_id:
+    result = read_result(out)
+    if s.resume and result:
+        if result["data"] != data_id:
             raise InputError(f"{out} was run on other clips or captions")
         return out
 
@@ -776,10 +791,11 @@ def run(s, device):
         examples = len(epoch_examples(readable["train"], s, 0))
         if examples < s.batch_size:
             raise InputError(f"--batch-size {s.batch_size} is more than {examples} examples")
-
     if RANK > 0:
         train_and_evaluate(model, readable, s, device, out, data_id)
         return out
+
+    # The first process alone writes.
     with user_errors(out, OSError):
         out.mkdir(parents=True, exist_ok=True)
     with locked(out):
@@ -790,8 +806,9 @@ def run(s, device):
         sims = train_and_evaluate(model, readable, s, device, out, data_id)
         if data_hash(data) != data_id:
             raise InputError(f"the clips of {s.data} changed during the run")
+
         missing = {split: len(data[split]) - len(readable[split]) for split in splits}
-        record = dict(
+        result = dict(
             evaluation=result_rows(*sims, model.config.interaction), best=best_epoch(out),
             gallery=len(readable["test"]), missing=missing["test"],
             missing_train=missing.get("train", 0), data=data_id,
@@ -800,13 +817,15 @@ def run(s, device):
             if not s.eval_only:
                 model.save(out)
             with open(out / "log.jsonl", "a") as log:
-                write_line(log, record)
+                write_line(log, result)
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
     (out / "lock").unlink()
     return out
 
 def train_and_evaluate(model, data, s, device, out, data_id):
     """-> what `evaluate` returns of the test clips, in the first process."""
+    trains = "train" in data
+    videos = s.micro_batch or (s.batch_size // WORLD if trains else EVAL_BATCH)
     try:
         model.to(device)
         if s.compile:
@@ -814,20 +833,19 @@ def train_and_evaluate(model, data, s, device, out, data_id):
             visual, text = model.backbone.visual, model.backbone.text
             for module in (visual, text.transformer, model.temporal):
                 module.compile()
-        if "train" in data:
+        if trains:
             train(model, data, s, device, out, data_id)
         if RANK == 0:
             return evaluate(model, data["test"], s, device)
     except torch.OutOfMemoryError:
-        count = s.micro_batch or (s.batch_size // WORLD if "train" in data else 32)
-        raise InputError(f"{count} videos at a time are too many for {device}: use "
-                         f"--resume {out} --micro-batch {max(1, count // 2)}") from None
+        raise InputError(f"{videos} videos at a time are too many for {device}: use "
+                         f"--resume {out} --micro-batch {max(1, videos // 2)}") from None
 
 def run_folder(s):
     """The folder of a new run, which must be empty, or of the one to resume."""
     if s.resume:
         return Path(s.resume)
-    if s.eval_only and not finished(s.eval_only):
+    if s.eval_only and not read_result(s.eval_only):
         raise InputError(f"{s.eval_only} is not finished: use --resume {s.eval_only}")
     out = Path(s.out or f"runs/{Path(s.data).stem}{'-eval' if s.eval_only else ''}")
     if [path for path in out.glob("*") if path.name != "lock"]:
@@ -846,8 +864,8 @@ def best_epoch(out):
     tests = [line for line in read_log(out) if line.get("split") == "test"]
     return max(tests, key=lambda line: line["R@1"], default=None)
 
-def finished(out):
-    """The evaluation, the last line of a run's log, or None if it is not finished."""
+def read_result(out):
+    """The last line of a run's log; None if the run is not finished."""
     lines = read_log(out)
     return lines[-1] if lines and "evaluation" in lines[-1] else None
 
@@ -893,7 +911,7 @@ def main(argv=None):
         dist.init_process_group(backend, timeout=timedelta(days=1))
     out = run(s, device)
     if RANK == 0:
-        print(results_table(finished(out)), out, sep="\n")
+        print(results_table(read_result(out)), out, sep="\n")
     if WORLD > 1:
         dist.destroy_process_group()
 

@@ -27,6 +27,7 @@ import open_clip
 import safetensors.torch
 import torch
 from av.video.reformatter import VideoReformatter
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn.functional import cross_entropy, logsigmoid, normalize, one_hot
 
@@ -133,14 +134,13 @@ FROZEN = ("text.positional_embedding", "text.token_embedding",
 def load_backbone(name, pretrained):
     """An open_clip model -> (model, mean, std): the pixel mean and std of its weights.
     Raises InputError for a name or weights that cannot be used."""
-    statistics = dict(mean=open_clip.OPENAI_DATASET_MEAN, std=open_clip.OPENAI_DATASET_STD)
     if name == "tiny":
         if pretrained not in ("auto", "none", None):
             raise InputError("the tiny backbone has no pretrained weights")
         model = open_clip.CustomTextCLIP(**TINY)
         # Otherwise patch embeddings swamp the positions.
         model.visual.positional_embedding.data *= 4
-        return model, statistics["mean"], statistics["std"]
+        return model, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 
     config = backbone_config(name)
     model = open_clip.CustomTextCLIP(**config)
@@ -151,20 +151,19 @@ def load_backbone(name, pretrained):
 
     # A file, or no weights, gets the mean and std of the default weights.
     tag = pretrained if pretrained in tags else default
-    tag_config = open_clip.get_pretrained_cfg(name, tag)
-    statistics.update(tag_config)
-    tag_gelu = tag_config.get("quick_gelu", False)
-    if pretrained in tags and tag_gelu != config.get("quick_gelu", False):
+    weights = open_clip.get_pretrained_cfg(name, tag)
+    mean = weights.get("mean", open_clip.OPENAI_DATASET_MEAN)
+    std = weights.get("std", open_clip.OPENAI_DATASET_STD)
+    if pretrained in (None, "none"):
+        return model, mean, std
+    needs_gelu = weights.get("quick_gelu", False)
+    if pretrained in tags and needs_gelu != config.get("quick_gelu", False):
         raise InputError(f"weights {tag!r} and backbone {name!r} differ in QuickGELU, "
                          "which costs accuracy; use the name with -quickgelu")
-    if pretrained in (None, "none"):
-        return model, statistics["mean"], statistics["std"]
 
     try:
-        file = pretrained
-        if pretrained in tags:
-            file = open_clip.download_pretrained(tag_config)
-        load_weights(model, file)
+        is_tag = pretrained in tags
+        load_weights(model, open_clip.download_pretrained(weights) if is_tag else pretrained)
     except Exception as error:
         # The network, the hub and the file can fail in many ways.
         is_clear = isinstance(error, (OSError, ValueError))
@@ -172,7 +171,7 @@ def load_backbone(name, pretrained):
         raise InputError(
             f"cannot load {pretrained!r} into {name}: {reason}. Give a file of OpenAI or "
             f"open_clip, none, or a tag: {', '.join(tags)}") from None
-    return model, statistics["mean"], statistics["std"]
+    return model, mean, std
 
 def backbone_config(name):
     """open_clip's description of a model that is built like CLIP or SigLIP."""
@@ -180,7 +179,6 @@ def backbone_config(name):
     if config is None:
         similar = difflib.get_close_matches(name, ["tiny", *open_clip.list_models()])
         raise InputError(f"unknown backbone {name!r}; similar names: {', '.join(similar)}")
-
     is_resnet = isinstance(config["vision_cfg"].get("layers"), list)
     is_coca = "multimodal_cfg" in config
     # The temporal layers are text layers, so texts must be as wide as the embedding.
@@ -190,18 +188,16 @@ def backbone_config(name):
     config.pop("custom_text", None)  # CustomTextCLIP takes no such argument
     return config
 
-# What torch's safe loader must let pass: a checkpoint of open_clip holds the epoch and
-# the best result as NumPy numbers.
-NUMPY_NUMBERS = [np.dtype, *(type(np.dtype(kind)) for kind in "?ilfd"),
-                 np._core.multiarray.scalar,
-                 (np._core.multiarray.scalar, "numpy.core.multiarray.scalar")]
+# torch's safe loader refuses NumPy numbers, such as the epoch in open_clip's checkpoints.
+scalar = np._core.multiarray.scalar
+NUMPY_NUMBERS = [scalar, (scalar, "numpy.core.multiarray.scalar"),  # NumPy 2's and 1's
+                 np.dtype, np.dtypes.Int64DType, np.dtypes.Float64DType]
 
 def load_weights(model, file):
     """Load OpenAI's TorchScript archive, or what open_clip or safetensors saved, into an
     open_clip model. Nothing in the file is executed."""
     names = zipfile.ZipFile(file).namelist() if zipfile.is_zipfile(file) else []
-    is_torchscript = any(name.endswith("/constants.pkl") for name in names)
-    if is_torchscript:
+    if any(name.endswith("/constants.pkl") for name in names):  # TorchScript
         weights = torch.jit.load(file, map_location="cpu").state_dict()
     else:
         with torch.serialization.safe_globals(NUMPY_NUMBERS):
@@ -225,13 +221,16 @@ def load_weights(model, file):
 class TemporalTransformer(nn.Module):
     """Contextualizes the frames of a video: f (B, N, d) -> (B, N + E, d).
 
-    The layers are copies of the text encoder's first ones. The paper is silent on their
-    weights; CLIP4Clip, X-CLIP and DRL copy them too. If there are too few, they repeat."""
+    The layers are copies of the text encoder's first ones; if there are too few, they
+    repeat. The paper is silent on their weights; CLIP4Clip, X-CLIP and DRL copy them."""
+
     def __init__(self, config, text):
         super().__init__()
-        blocks, d = text.transformer.resblocks, text.output_dim
-        self.blocks = nn.ModuleList(copy.deepcopy(blocks[i % len(blocks)])
-                                    for i in range(config.temporal_layers))
+        layers = text.transformer.resblocks
+        self.blocks = nn.ModuleList()
+        for i in range(config.temporal_layers):
+            self.blocks.append(copy.deepcopy(layers[i % len(layers)]))
+
         # Frame positions start as the text encoder's first ones, as in CLIP4Clip, DRL,
         # X-CLIP and UATVR (the paper is silent). The tiny model is untrained, and learns
         # motion faster from positions that are as large as its features.
@@ -239,7 +238,7 @@ class TemporalTransformer(nn.Module):
         if config.backbone == "tiny":
             positions = 0.9 * torch.randn_like(positions)
         self.frame_positions = nn.Parameter(positions)  # (num_frames, d)
-        expansion = 0.02 * torch.randn(config.visual_expansion, d)
+        expansion = 0.02 * torch.randn(config.visual_expansion, text.output_dim)
         self.visual_expansion = nn.Parameter(expansion)  # (E, d)
 
     def forward(self, f):
@@ -253,8 +252,6 @@ class TemporalTransformer(nn.Module):
         return x + torch.cat([f, expansion], dim=1)
 
 # ---- Model (Figure 2)
-CHOICES = dict(interaction=("mms", "mp"), loss=LOSSES, loss_form=("dual", "combined"))
-
 class VideoColBERT(nn.Module):
     """The query encoder, frame encoder and temporal transformer of Figure 2.
 
@@ -264,42 +261,44 @@ class VideoColBERT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        for name, choices in CHOICES.items():
-            if getattr(config, name) not in choices:
-                raise InputError(f"{name} must be {' or '.join(choices)}, "
-                                 f"not {getattr(config, name)}")
-        if config.temporal_layers < 1 or config.visual_expansion < 0:
-            raise InputError("temporal_layers must be 1 or more, "
-                             "visual_expansion 0 or more")
-
         self.backbone, mean, std = load_backbone(config.backbone, config.pretrained)
+        text = self.backbone.text
+        self.check_config(text.context_length, text.token_embedding.num_embeddings)
+
         for name, parameter in self.backbone.named_parameters():
             parameter.requires_grad = not (config.freeze and name.startswith(FROZEN))
         # The loss has a scale and a bias of its own, below.
         self.backbone.logit_scale = None
         self.backbone.logit_bias = None
+
         # Frames have values from 0 to 255.
         self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1))
         self.image_size = self.backbone.visual.image_size[0]
-
-        text = self.backbone.text
         self.width = text.output_dim
         # SigLIP pools its last token, and pads its queries to their full length.
         self.is_siglip = text.pool_type == "last"
         self.num_tokens = text.context_length if self.is_siglip else config.num_tokens
-        if not 3 <= self.num_tokens <= text.context_length:
-            raise InputError(f"num_tokens must be 3 to {text.context_length}")
-        if not 1 <= config.num_frames <= text.context_length:
-            raise InputError(f"num_frames must be 1 to {text.context_length}")
-        if not 0 <= config.pad_token < text.token_embedding.num_embeddings:
-            raise InputError(f"pad_token cannot be {config.pad_token}")
-
         self.temporal = TemporalTransformer(config, text)
         is_learned = config.learn_scale
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale), is_learned)
         self.logit_bias = nn.Parameter(torch.tensor(config.logit_bias), is_learned)
         self.norms_checked = False
+
+    def check_config(self, context_length, vocabulary):
+        choices = dict(interaction=("mms", "mp"), loss=LOSSES, loss_form=("dual", "combined"))
+        for name, allowed in choices.items():
+            value = getattr(self.config, name)
+            if value not in allowed:
+                raise InputError(f"{name} must be {' or '.join(allowed)}, not {value}")
+
+        ranges = dict(num_tokens=(3, context_length), num_frames=(1, context_length),
+                      pad_token=(0, vocabulary - 1), temporal_layers=(1, 1000),
+                      visual_expansion=(0, 1000))
+        for name, (low, high) in ranges.items():
+            value = getattr(self.config, name)
+            if not low <= value <= high:
+                raise InputError(f"{name} must be {low} to {high}, not {value}")
 
     @property
     def device(self):
@@ -345,12 +344,12 @@ class VideoColBERT(nn.Module):
 
     def encode_query(self, ids, mask):
         """ids, mask (A, M) from tokenize -> Q (A, M, d): unit vectors, and 0 for tokens
-        that do not count. open_clip projects one token; here all are. CLIP's causal mask
-        hides pads from the words."""
+        that do not count. open_clip projects one token; here all are."""
         text = self.backbone.text
         M = ids.shape[1]
-        causal = None if text.attn_mask is None else text.attn_mask[:M, :M]
         x = text.token_embedding(ids) + text.positional_embedding[:M]  # (A, M, d)
+        # CLIP's causal mask hides pads from the words; SigLIP has none.
+        causal = None if text.attn_mask is None else text.attn_mask[:M, :M]
         x = text.ln_final(text.transformer(x, attn_mask=causal))
         # SigLIP's projection is a layer, CLIP's is a matrix.
         project = text.text_projection
@@ -364,12 +363,10 @@ class VideoColBERT(nn.Module):
         most, size = self.config.num_frames, self.image_size
         has_shape = B > 0 and 1 <= N <= most and picture == [3, size, size]
         if frames.dtype != torch.uint8 or not has_shape:
-            raise ValueError(
-                f"frames must be uint8 (B, 1 to {most}, 3, {size}, {size}), "
-                f"not {frames.dtype} {tuple(frames.shape)}")
+            raise ValueError(f"frames must be uint8 (B, 1 to {most}, 3, {size}, {size}), "
+                             f"not {frames.dtype} {tuple(frames.shape)}")
 
-        images = frames.flatten(0, 1).float()  # (B N, 3, H, W)
-        images = images.sub_(self.mean).div_(self.std)
+        images = (frames.flatten(0, 1) - self.mean) / self.std  # (B N, 3, H, W)
         # CLIP's projected [CLS] token; SigLIP has none and pools by attention.
         f = self.backbone.visual(images).view(B, N, -1)  # (B, N, d)
         v = self.temporal(f)  # (B, N + E, d)
@@ -419,9 +416,8 @@ class VideoColBERT(nn.Module):
     def save(self, folder):
         """Write config.json and model.safetensors into `folder`."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        # A training run has more settings than the model.
-        names = [field.name for field in fields(Config)]
-        config = {name: getattr(self.config, name) for name in names}
+        # Of a training run's settings, only the model's.
+        config = {field.name: getattr(self.config, field.name) for field in fields(Config)}
         Path(folder, "config.json").write_text(json.dumps(config, indent=2))
         weights = safetensors.torch.save(self.state_dict())
         Path(folder, "model.safetensors").write_bytes(weights)
@@ -431,14 +427,12 @@ class VideoColBERT(nn.Module):
         """What `save` wrote, in eval mode. Raises InputError if there is no model."""
         try:
             config = Config(**json.loads(Path(folder, "config.json").read_text()))
-            weights = safetensors.torch.load_file(Path(folder, "model.safetensors"))
             # Its weights are here: none are downloaded.
             model = cls(replace(config, pretrained=None))
+            weights = safetensors.torch.load_file(Path(folder, "model.safetensors"))
             model.load_state_dict(weights)
-        except (OSError, ValueError, TypeError, RuntimeError,
-                safetensors.SafetensorError) as error:
-            reason = shorten(str(error), 200)
-            raise InputError(f"{folder} holds no model: {reason}") from None
+        except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+            raise InputError(f"{folder} holds no model: {shorten(str(error), 200)}") from None
         model.config = config
         return model.eval()
 
@@ -507,51 +501,36 @@ def sample_times(path, timing, num_frames, start=0.0, end=None):
 
 def frames_at(path, timing, wanted, size):
     """The frames on screen at the sorted times `wanted` -> uint8 (N, 3, size, size)."""
-    # Frames that are hundreds of frames apart are reached by one seek each, others by
-    # decoding all between them.
-    times = timing[0]
-    between = np.searchsorted(times, wanted[-1]) - np.searchsorted(times, wanted[0])
-    groups = [wanted]
-    if between > 500 * len(wanted):
-        groups = np.split(wanted, len(wanted))
-
-    scaler, pixels = VideoReformatter(), []
-    for group in groups:
-        start = seek_time(path, timing, int(group[0]))
-        for frame in on_screen(path, start, group):
-            pixels.append(upright_pixels(frame, size, scaler))
+    start = seek_time(path, timing, int(wanted[0]))
+    scaler = VideoReformatter()
+    shown, pixels = None, []
+    for time, frame in decode(path, start):
+        # Until this frame appears, the one before it is on screen.
+        count = np.searchsorted(wanted, time)
+        while shown and len(pixels) < count:
+            pixels.append(upright_pixels(shown, size, scaler))
+        if len(pixels) == len(wanted):
+            break
+        shown = frame
+    if shown is None:
+        raise VideoError(f"{path}: no frame can be decoded")
+    while len(pixels) < len(wanted):  # the last frame stays
+        pixels.append(upright_pixels(shown, size, scaler))
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
 
 def seek_time(path, timing, wanted):
     """The time to seek to in order to see the frame at `wanted`; None is the beginning.
 
-    A seek should arrive at a keyframe before that time. If it does not, as in MPEG-TS, it
-    is tried again from 10 seconds earlier; after that everything is decoded."""
+    A seek should arrive at a keyframe before that time. In MPEG-TS it may arrive too late;
+    then a time 10 seconds earlier is tried."""
     times, _, tick, is_timed = timing
-    for seconds in (0, 10):
-        start = wanted - round(seconds / tick)
+    for start in (wanted, wanted - round(10 / tick)):
         if not is_timed or start <= times[0]:
             return None
         time, frame = next(decode(path, start), (None, None))
         if frame and frame.key_frame and time <= wanted:
             return start
     return None
-
-def on_screen(path, start, wanted):
-    """Yield the frame that is on screen at each of the sorted times `wanted`."""
-    shown, position = None, 0
-    for time, frame in decode(path, start):
-        # Until this frame appears, the one before it is on screen.
-        while shown and position < len(wanted) and wanted[position] < time:
-            yield shown
-            position += 1
-        if position == len(wanted):
-            return
-        shown = frame
-    if shown is None:
-        raise VideoError(f"{path}: no frame can be decoded")
-    # The last frame stays.
-    yield from [shown] * (len(wanted) - position)
 
 def upright_pixels(frame, size, scaler):
     """A frame as uint8 (size, size, 3), turned as its display matrix says."""
@@ -562,17 +541,12 @@ def upright_pixels(frame, size, scaler):
     if matrix is None:
         return pixels
 
-    # x' = a x + c y, y' = b x + d y. Where b outweighs a, x and y change places.
+    # It maps x to a x + c y, and y to b x + d y.
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5]
-    x_sign, y_sign = a, d
-    if abs(b) > abs(a):
-        pixels = pixels.swapaxes(0, 1)
-        x_sign, y_sign = c, b
-    if x_sign < 0:
-        pixels = pixels[:, ::-1]
-    if y_sign < 0:
-        pixels = pixels[::-1]
-    return pixels
+    if abs(a) >= abs(b):
+        return pixels[::np.sign(d), ::np.sign(a)]
+    # x and y change places.
+    return pixels.swapaxes(0, 1)[::np.sign(b), ::np.sign(c)]
 
 def sample_frames(path, num_frames, size, start=0.0, end=None):
     """TSN-style sampling of a video, or of its part from `start` to `end` in seconds: the
@@ -611,10 +585,9 @@ def video_to_text(sim, target):
     """sim (A, B), target (A,) -> sim (G, G) of the G videos that have captions with their
     G groups of captions; true pairs are on the diagonal. A group scores as its best
     caption, as usual since CLIP4Clip."""
-    videos, group = target.unique(return_inverse=True)  # (G,), (A,)
-    best = sim.new_full((len(videos), sim.shape[1]), -torch.inf)  # (G, B)
-    best.scatter_reduce_(0, group[:, None].expand_as(sim), sim, "amax")
-    return best.T[videos]
+    videos = target.unique()  # (G,)
+    best = [sim[target == video].amax(dim=0) for video in videos]  # G times (B,)
+    return torch.stack(best, dim=1)[videos]  # (G, G)
 
 def reciprocal_rank_fusion(sim_F, sim_V, k=60):
     """Similarities (A, B) twice -> the sum of 1 / (k + rank), (A, B) (section 6)."""

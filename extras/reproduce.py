@@ -27,7 +27,7 @@ from extras.figures import draw_bars, draw_interactions, interactions
 from extras.bench import median_seconds
 from extras.paper import BACKBONES, COST, METRICS, SIGLIP, TABLES
 from train import (
-    MAY_CHANGE, WORLD, atomic_write, finished, parse_settings, pick_device, read_settings,
+    MAY_CHANGE, WORLD, atomic_write, parse_settings, pick_device, read_result, read_settings,
     run_main)
 from video_colbert import (
     InputError, VideoColBERT, mean_max_sim, mms_fv, ranks, reciprocal_rank_fusion,
@@ -78,7 +78,7 @@ def find_run(s):
     for folder, saved in all_runs():
         if identity(saved) != identity(s):
             continue
-        record = finished(folder)
+        record = read_result(folder)
         try:
             state = record or train.load_checkpoint(folder)
         except InputError as error:
@@ -186,7 +186,7 @@ def trained_table(number, argv, s, seeds, device):
         if is_siglip and s.backbone not in BACKBONES:  # a tiny model's table is without it
             continue
         folders = runs_of(argv, flags, seeds, device)
-        records = [finished(folder) for folder in folders]
+        records = [read_result(folder) for folder in folders]
         all_records += records
         # With --interaction mp, the row of MMS_F shows MP_F.
         level = score.rpartition("_")[2]
@@ -219,7 +219,7 @@ def trained_table(number, argv, s, seeds, device):
 
 def runs_table(number):
     """Tables 1 and 2 as Markdown: the existing runs of each dataset and backbone."""
-    lines, runs = [], [(folder, s, finished(folder)) for folder, s in all_runs()]
+    lines, runs = [], [(folder, s, read_result(folder)) for folder, s in all_runs()]
     for data in ("msrvtt", "msvd", "vatex") if number == 1 else ("didemo", "activitynet"):
         here = [run for run in runs if data in Path(run[1].data).with_suffix("").parts
                 and run[1].interaction == "mms" and run[2]]
@@ -246,7 +246,7 @@ def augmentation(argv, s, device):
                for flag in ("--no-query-augmentation", "--query-augmentation")]
     without, with_it = [query_ranks(folder, s, device)[2] for folder in folders]
     moved = [(a.text, a.tokens, b.rank["FV"], a.rank["FV"]) for b, a in zip(without, with_it)]
-    return [finished(folder) for folder in folders], moved
+    return [read_result(folder) for folder in folders], moved
 
 def queries_table(argv, s, device, number=5):
     """Table 6 as Markdown: the queries of fewer than 20 tokens that query augmentation moves

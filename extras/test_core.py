@@ -87,6 +87,8 @@ def start(function, *args, **environment):
 
 def in_process(function, args, environment):
     os.environ.update(environment)
+    # After a fork, torch renews its thread pool; threads that are first to use it may collide.
+    torch.set_num_threads(torch.get_num_threads())
     train.RANK = int(environment.get("RANK", 0))
     train.WORLD = int(environment.get("WORLD_SIZE", 1))
     video_colbert.TINY = TINY
@@ -168,8 +170,8 @@ def test_frames_are_normalised_as_the_weights_want_and_a_saved_model_remembers(
     (dict(backbone="tiny", num_tokens=100), "num_tokens must be 3 to 77"),
     (dict(backbone="tiny", num_frames=0), "num_frames must be 1 to 77"),
     (dict(backbone="tiny", num_frames=78), "num_frames must be 1 to 77"),
-    (dict(backbone="tiny", temporal_layers=0), "temporal_layers must be 1 or more"),
-    (dict(backbone="tiny", visual_expansion=-1), "visual_expansion 0 or more"),
+    (dict(backbone="tiny", temporal_layers=0), "temporal_layers must be 1 to 1000, not 0"),
+    (dict(backbone="tiny", visual_expansion=-1), "visual_expansion must be 0 to 1000, not -1"),
     (dict(backbone="tiny", interaction="sum"), "interaction must be mms or mp, not sum"),
     (dict(backbone="tiny", loss="hinge"), "loss must be sigmoid or infonce, not hinge"),
 ])
@@ -271,7 +273,7 @@ def test_metrics_of_nothing_and_of_nan_are_refused(sim, target, message):
     ("--loss hinge", "loss must be"), ("--backbone ViT-B-23", "unknown backbone"),
     ("--batch-size 0", "--batch-size cannot be 0"), ("--epochs -1", "--epochs cannot be -1"),
     ("--lr nan", "--lr cannot be nan"), ("--out {}", " exists: give a new --out, or --resume"),
-    ("--warmup inf", "--warmup cannot be inf"), ("--pad-token 99999", "pad_token cannot be 99999"),
+    ("--warmup inf", "--warmup cannot be inf"), ("--pad-token 99999", "pad_token must be 0 to 49407, not 99999"),
     ("--weight-decay -1", "--weight-decay cannot be"), ("--seed 99999999999999999999", "--seed"),
     ("--resume nowhere", "nowhere/settings.json: No such file"),
     ("--eval-only nowhere", "nowhere/settings.json: No such file")])
@@ -418,7 +420,7 @@ def test_other_settings_or_clips_are_another_run(data, monkeypatch):
     (data / "a/settings.json").write_text(json.dumps(settings))
     (data / "clips.jsonl").write_text(lines)
     train.main(["--resume", "a"])
-    assert train.finished("a")["gallery"] == 2
+    assert train.read_result("a")["gallery"] == 2
 
 def test_a_finished_run_does_not_resume_with_other_clips(data):
     train.main([*SMALL, "--data", "clips.jsonl", "--epochs", "0", "--out", "a"])
@@ -769,7 +771,7 @@ def test_memory_stays_flat_over_a_run(data):
     flags = ["--data", "clips.jsonl", "--epochs", "50", "--checkpoint-every", "1000"]
     process = start(train_and_measure, *SMALL, *flags)
     code, lines = ends(process, 120)
-    assert code == 0 and int(lines[-1]) < 20_000, lines  # kB
+    assert code == 0 and int(lines[-1]) < 20_000, lines[-5:]  # kB
 
 def train_and_measure(*flags):
     step, peaks = train.training_step, []
@@ -818,7 +820,7 @@ def test_ctrl_c_while_evaluating_is_one_line_and_a_resumed_run_evaluates(data):
     code, lines = ends(process, 30)
     assert code == 130 and lines[-1] == "train.py: stopped"
     train.main(["--resume", "a"])
-    assert train.finished("a")["gallery"] == 2
+    assert train.read_result("a")["gallery"] == 2
 
 def evaluate_slowly(*flags):
     def slow(*args):
@@ -891,7 +893,7 @@ def test_two_processes_end_with_the_parameters_of_one(data):
 
     for rank in range(2):
         for calls in json.loads(Path(f"collectives{rank}").read_text()):
-            assert calls == {"all_gather": 4, "all_reduce": 1, "all_gather_object": 1}
+            assert calls == {"all_gather": 4, "all_reduce": 2}
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_the_processes_slices_make_up_the_list(world, monkeypatch):

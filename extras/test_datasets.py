@@ -137,7 +137,7 @@ def test_the_file_is_what_a_person_would_write_and_trains(tmp_path, monkeypatch,
     assert text == DATASETS[dataset][2].lstrip("\n")
     train.main([*SMALL, "--data", "data/clips.jsonl", "--pretrained", "none", "--epochs", "1",
                 "--batch-size", "2", "--out", "run"])
-    record = train.finished("run")
+    record = train.read_result("run")
     tested = [clip for clip in clips_in(Path("data/clips.jsonl")) if clip["split"] == "test"]
     assert record["gallery"] == len(tested) and record["missing"] == 0
     assert record["evaluation"][0]["queries"] == sum(len(clip["captions"]) for clip in tested)
@@ -238,7 +238,7 @@ def test_missing_test_videos_stay_and_are_counted_by_train(tmp_path, monkeypatch
     with pytest.raises(InputError, match="1 of 2 test clips cannot be read; --allow-missing"):
         train.main(flags)
     train.main([*flags, "--out", "run", command[-1]])
-    assert train.finished("run")["missing"] == 1 and "v_e.mp4" in capsys.readouterr().out
+    assert train.read_result("run")["missing"] == 1 and "v_e.mp4" in capsys.readouterr().out
 
 def test_paths_are_relative_below_the_files_folder_and_absolute_elsewhere(tmp_path, monkeypatch,
                                                                           video):

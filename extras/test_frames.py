@@ -14,6 +14,7 @@ from av.video.reformatter import VideoReformatter
 
 import video_colbert
 from extras.test_core import mutate
+from extras.video_index import seek_frames
 from test_video_colbert import frame_numbers, write_clip
 from video_colbert import VideoError, frame_times, frames_at, sample_frames, sample_times
 
@@ -176,9 +177,8 @@ def test_seeking_gives_the_pixels_of_decoding_from_the_beginning(tmp_path, name)
         want = np.stack([linear[k] for k in np.searchsorted(ticks, wanted)])
         # As many ticks as an hour has.
         long = (np.repeat(ticks, 100_000 // len(ticks)), *times[1:])
-        for given in (times, long):
-            got = frames_at(path, given, wanted, 24).permute(0, 2, 3, 1)
-            assert np.array_equal(got, want)
+        for got in (frames_at(path, times, wanted, 24), seek_frames(path, long, wanted, 24)):
+            assert np.array_equal(got.permute(0, 2, 3, 1), want)
 
 @pytest.fixture
 def decoded(monkeypatch):
@@ -208,7 +208,7 @@ def test_a_few_frames_of_a_long_video_are_sought(tmp_path, decoded):
     linear = decode_linearly(path)
     times = frame_times(path)
     wanted = sample_times(path, times, 3)
-    got = frames_at(path, times, wanted, 24).permute(0, 2, 3, 1)
+    got = seek_frames(path, times, wanted, 24).permute(0, 2, 3, 1)
     assert len(decoded) <= 3 * (1 + 2 * 24)
     want = [linear[k] for k in np.searchsorted(times[0], wanted)]
     assert np.array_equal(got, np.stack(want))
@@ -216,8 +216,9 @@ def test_a_few_frames_of_a_long_video_are_sought(tmp_path, decoded):
 def test_neighbouring_frames_of_a_long_video_are_decoded_in_one_go(tmp_path, decoded):
     """Three frames of 0.6 seconds cost 14 frames, not three times as many."""
     path = write_moving_clip(tmp_path / "closed.mp4", 1600)
-    sample_frames(path, 3, 16, start=3.84, end=4.44)
-    ticks = list(frame_times(path)[0])
+    times = frame_times(path)
+    seek_frames(path, times, sample_times(path, times, 3, start=3.84, end=4.44), 16)
+    ticks = list(times[0])
     assert decoded == [ticks[96], *ticks[96:110]]
 
 def test_a_late_part_of_a_transport_stream_is_not_decoded_from_the_beginning(tmp_path, decoded):

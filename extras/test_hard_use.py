@@ -79,7 +79,7 @@ def test_a_video_that_is_replaced_during_the_run_stops_it(data, monkeypatch):
     monkeypatch.setattr(train, "evaluate", replaces)
     with pytest.raises(InputError, match="the clips of clips.jsonl changed during the run"):
         train.main([*FLAGS, "--out", "a"])
-    assert not train.finished("a")
+    assert not train.read_result("a")
 
 def test_two_writers_of_one_file_do_not_meet(tmp_path):
     """Even if they have the same process and thread id, as in two containers."""
@@ -158,8 +158,8 @@ def test_a_run_that_is_not_finished_cannot_be_evaluated_but_resumed(data, monkey
 @pytest.mark.parametrize("flags, message", [
     ("--warmup 3", "--warmup is a share of the steps"), ("--lambda-frame nan", "--lambda-frame"),
     ("--pretrained a.pt", "tiny backbone has no pretrained weights"),
-    ("--freeze False", "--freeze False: write --freeze or --no-freeze"),
-    ("--freeze=False", "--freeze False: write --freeze or --no-freeze"),
+    ("--freeze False", "not write True or False, but --freeze or --no-freeze"),
+    ("--freeze=False", "not write True or False, but --freeze or --no-freeze"),
     ("--logit-scale -inf", "--logit-scale cannot be -inf"),
     ("--resume a --eval-only b", "--resume and --eval-only exclude each other")])
 def test_settings_that_make_no_sense_are_named(data, flags, message):

@@ -161,7 +161,7 @@ def test_table_6_sorts_by_the_change_from_off_to_on_and_figure_3_averages_it(dat
     record = dict(evaluation=[dict(queries=6)], gallery=6, missing=0, machine="m")
     monkeypatch.setattr(reproduce, "query_ranks", query_ranks)
     monkeypatch.setattr(reproduce, "runs_of", runs_of)
-    monkeypatch.setattr(reproduce, "finished", lambda run: record)
+    monkeypatch.setattr(reproduce, "read_result", lambda run: record)
     main([*FLAGS, "--table", "6"])
     table = cells(Path("runs/table-6-clips.md").read_text())
     assert list(table.values())[2:] == [
@@ -209,7 +209,7 @@ def test_an_unfinished_run_on_other_clips_is_named_and_not_resumed(data, monkeyp
     Path("clips.jsonl").write_text(lines.replace("caption 0 of 3", "edited"))
     main([*FLAGS, "--seeds", "1"])
     assert "not reused: runs/clips was run on other" in capsys.readouterr().err
-    assert train.finished("runs/clips-2") and not train.finished("runs/clips")
+    assert train.read_result("runs/clips-2") and not train.read_result("runs/clips")
 
 def test_a_run_whose_checkpoints_are_damaged_is_named_and_another_takes_its_place(
         data, monkeypatch, capsys):
@@ -222,7 +222,7 @@ def test_a_run_whose_checkpoints_are_damaged_is_named_and_another_takes_its_plac
         path.write_bytes(path.read_bytes()[:-100])
     main([*FLAGS, "--seeds", "1"])
     assert "not reused: all checkpoints in runs/clips are damaged" in capsys.readouterr().err
-    assert train.finished("runs/clips-2") and not train.finished("runs/clips")
+    assert train.read_result("runs/clips-2") and not train.read_result("runs/clips")
 
 def test_a_run_that_lacks_test_clips_is_reused_only_if_that_is_allowed(data, capsys):
     Path("5/clip.mp4").write_bytes(b"")
@@ -281,7 +281,7 @@ def test_the_papers_numbers_stand_beside_msrvtt_and_say_whose_they_are(data, mon
     record = dict(evaluation=[row, {**row, "direction": "video to text"}], gallery=9, missing=2)
     machines = iter(["one", "one", "two", "two"])
     monkeypatch.setattr(reproduce, "runs_of", lambda *args: ["runs/x"])
-    monkeypatch.setattr(reproduce, "finished", lambda run: {**record, "machine": next(machines)})
+    monkeypatch.setattr(reproduce, "read_result", lambda run: {**record, "machine": next(machines)})
     main(["--table", "5", "--data", "msrvtt", "--device", "cpu"])
     out = capsys.readouterr().out
     table = cells(out)
