@@ -4,7 +4,7 @@
     python train.py --data msrvtt --root FOLDER         the paper's main experiment
     torchrun --nproc-per-node=4 train.py --data msrvtt  a batch shared by four GPUs
     python train.py --data clips.jsonl                  your own clips
-    python train.py --resume runs/msrvtt                continue to the same weights
+    python train.py --resume runs/msrvtt                continue a run that was stopped
 """
 import argparse
 import contextlib
@@ -42,7 +42,7 @@ from video_colbert import (
     Config, InputError, VideoColBERT, VideoError, mms_fv, reciprocal_rank_fusion,
     retrieval_metrics, sample_frames, video_to_text)
 
-# torchrun's number of this process, and of all processes.
+# The number of this process, and how many there are (torchrun).
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -54,8 +54,8 @@ class Settings(Config):
     out: str = ""  # folder of the run, must be new; default runs/NAME
     cache: str = "data/cache"  # folder of decoded frames, safe to delete
     epochs: int = 5  # passes over all captions (DRL's)
-    batch_size: int = 128  # videos per step, over all processes together (DRL's)
-    captions_per_video: int = 1  # of a video in one batch; the video is encoded once
+    batch_size: int = 128  # videos in a batch, over all processes together (DRL's)
+    captions_per_video: int = 1  # captions that share one encoding of their video
     micro_batch: int = 0  # videos encoded at a time, to save memory; 0 is all
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: fp32 on a CPU
     lr_pretrained: float = 1e-7  # learning rate of the pre-trained encoders (Table 9)
@@ -73,7 +73,7 @@ class Settings(Config):
     eval_only: str = ""  # evaluate the model of this run, on --data if it is given
     allow_missing: bool = False  # leave out clips that cannot be read
 
-# What may be given beside --resume. Other data must hold the same clips.
+# What may be given beside --resume. The data may have moved, but not changed.
 MAY_CHANGE = {"data", "root", "out", "cache", "device", "micro_batch", "workers",
               "checkpoint_every", "eval_every", "resume", "allow_missing"}
 
@@ -101,14 +101,14 @@ def parse_settings(argv):
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--data", "--backbone", "--loss", "--resume"):
         first.add_argument(flag, default="")
-    first.add_argument("--eval-only", "--eval_only", default="")
+    first.add_argument("--eval-only", "--eval_only", default="")  # tyro knows both too
     typed, _ = first.parse_known_args(argv)
     if typed.resume and typed.eval_only:
         raise InputError("--resume and --eval-only exclude each other")
 
-    run = typed.resume or typed.eval_only
-    if run:
-        saved = default = read_settings(run)
+    folder = typed.resume or typed.eval_only
+    if folder:
+        default = saved = read_settings(folder)
         if typed.data not in ("", saved.data):
             default = replace(saved, root="")  # other data have another folder
     else:
@@ -117,14 +117,16 @@ def parse_settings(argv):
     if "True" in words or "False" in words:
         raise InputError("do not write True or False, but --freeze or --no-freeze")
     s = tyro.cli(Settings, args=argv, default=default, description=__doc__.splitlines()[0])
-
     check_settings(s)
-    if run:
-        # An evaluation keeps the model of its run, a resumed run keeps nearly all.
-        kept = fields(Settings) if s.resume else fields(Config)
-        for name in {field.name for field in kept} - MAY_CHANGE:
-            if getattr(s, name) != getattr(saved, name):
-                raise InputError(f"cannot change {name} of {run}: {getattr(saved, name)}")
+    if not folder:
+        return s
+
+    # An evaluation keeps the model of its run, a resumed run keeps nearly all.
+    kept = fields(Settings) if s.resume else fields(Config)
+    fixed = {field.name for field in kept} - MAY_CHANGE
+    for name in fixed:
+        if getattr(s, name) != getattr(saved, name):
+            raise InputError(f"cannot change {name} of {folder}: {getattr(saved, name)}")
     return s
 
 def check_settings(s):
@@ -176,27 +178,26 @@ class Clip:
         captions = self.captions if isinstance(self.captions, list) else []
         if not captions or not all(isinstance(x, str) and x.strip() for x in captions):
             raise ValueError("expected a list of captions that are not blank")
-        " ".join(captions).encode()  # refuses broken Unicode, such as "\\ud800" in JSON
+        " ".join(captions).encode()  # fails for half a surrogate pair, as JSON may have
         end = math.inf if self.end is None else self.end
-        are_numbers = {type(self.start), type(end)} <= {int, float}
+        are_numbers = {type(self.start), type(end)} <= {int, float}  # nor bool or str
         if not are_numbers or not 0 <= self.start < end:
             raise ValueError("expected 0 <= start < end in seconds")
 
 def load_clips(s):
     """-> {"train": [clips], "val": ..., "test": ...}, without opening a video."""
     root = s.root or f"data/{s.data}"
-    file = s.data
     if s.data == "shapes":
         from extras.shapes import write_shapes
         with user_errors(root, OSError):
             write_shapes(root)  # does nothing if they are there
-        file = f"{root}/clips.jsonl"
-    if s.data == "msrvtt":
+        records = json_records(f"{root}/clips.jsonl")
+    elif s.data == "msrvtt":
         records = msrvtt_records(root)
-    elif file.endswith(".jsonl"):
-        records = json_records(file)
+    elif s.data.endswith(".jsonl"):
+        records = json_records(s.data)
     else:
-        raise InputError(f"--data is shapes, msrvtt or FILE.jsonl, not {file}")
+        raise InputError(f"--data is shapes, msrvtt or FILE.jsonl, not {s.data}")
 
     data = {"train": [], "val": [], "test": []}
     seen = set()
@@ -236,7 +237,7 @@ For another copy: python -m extras.datasets msrvtt FOLDER"""
 
 def msrvtt_records(root):
     """9k training and 1k-A test clips (section 5.1) of CLIP4Clip's copy, as records like
-    those of JSON lines: three files of annotation and the videos, anywhere in a folder."""
+    those of JSON lines. The three files and the videos may be anywhere below `root`."""
     annotation = find_files(root, "MSRVTT_data.json")
     train_rows = find_files(root, "MSRVTT_train.9k.csv")
     test_rows = find_files(root, "MSRVTT_JSFUSION_test.csv")
@@ -254,7 +255,7 @@ def msrvtt_records(root):
             with user_errors(file):
                 video = row["video_id"]
                 texts = captions[video] if split == "train" else [row["sentence"]]
-                path = videos.get(video, video)
+                path = videos.get(video, video)  # if missing, it cannot be read
             yield file, dict(video=path, captions=texts, split=split)
 
 def read_rows(file):
@@ -270,7 +271,7 @@ def read_file(path, parse):
         return parse(file)
 
 def file_id(path):
-    """Size and checksum of the first 64 KB of a file; None if it cannot be read."""
+    """A file's size and the checksum of its first 64 KB; None if it cannot be read."""
     try:
         with open(path, "rb") as file:
             return os.fstat(file.fileno()).st_size, zlib.crc32(file.read(2 ** 16))
@@ -284,7 +285,7 @@ def data_hash(data):
     return hashlib.sha256(json.dumps(clips).encode()).hexdigest()
 
 # ---- Frames: each clip is decoded once, into a file of the cache
-CACHE_VERSION = 2  # increase it when sample_frames gives other pixels
+CACHE_VERSION = 3  # increase it when sample_frames gives other pixels
 
 def cached_frames(clip, num_frames, size, cache):
     """sample_frames of a clip through the cache: uint8 (N, 3, size, size)."""
@@ -346,7 +347,7 @@ def is_readable(clip, s, size):
         return False
 
 def prefetch(function, items, threads):
-    """function(item) for each item in order, computed ahead, one item in each thread."""
+    """function(item) for each item in order, computed ahead in so many threads."""
     pool, waiting = ThreadPoolExecutor(threads), deque()
     try:
         for item in items:
@@ -361,7 +362,7 @@ def prefetch(function, items, threads):
 # ---- Batches
 def epoch_examples(clips, s, epoch):
     """(index of a clip, [indices of k of its captions]) in random order. Each caption is
-    in one example; if their number is no multiple of k, the first are there twice."""
+    in one example; if their number is no multiple of k, the first ones are repeated."""
     rng = np.random.default_rng([s.seed, epoch])
     k = s.captions_per_video
     examples = []
@@ -389,7 +390,7 @@ def load_batch(batch, clips, s, model):
 
 def positive_pairs(clips, batch):
     """Which of a batch's A captions belong to which of its B videos -> bool (A, B): a
-    video's own, and captions of others that have the same text as one of its own."""
+    video's own, and those of others if one of its own in this batch has the same text."""
     videos = np.array([v for v, _ in batch])  # (B,)
     texts, described = [], {}  # the captions; the videos that each of them describes
     for v, chosen in batch:
@@ -460,7 +461,7 @@ def sum_gradients(model):
     named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     for name, gradient in named.items():
         if name.startswith("logit_"):
-            gradient /= WORLD  # not of rows: each process has all of it
+            gradient /= WORLD  # each process has the whole batch's already
     # One message instead of one for each parameter.
     flat = torch.cat([gradient.flatten() for gradient in named.values()])
     dist.all_reduce(flat)
@@ -470,8 +471,9 @@ def sum_gradients(model):
 
 # ---- Training step
 def training_step(model, optimizer, scaler, s, ids, mask, frames, positives):
-    """One step -> (5,): loss, mean MMS_F and MMS_V of the true pairs, gradient norm, scale
-    of fp16. `positives` (A, B) is the whole batch's, the rest is this process's part."""
+    """One step -> (5,), which write_log reads: loss, mean MMS_F and MMS_V of true pairs,
+    gradient norm, scale of fp16. `positives` (A, B) is of the whole batch, the rest of this
+    process's part."""
     model.train()
     backward = backward_at_once
     if 0 < s.micro_batch < len(frames):
@@ -483,7 +485,8 @@ def training_step(model, optimizer, scaler, s, ids, mask, frames, positives):
     scaler.unscale_(optimizer)
     max_norm = s.max_grad_norm or math.inf
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    scale = scaler.scale(torch.ones_like(norm))  # get_scale() would wait for the GPU
+    # The scale times 1, because get_scale() would wait for the GPU.
+    scale = scaler.scale(torch.ones_like(norm))
     scaler.step(optimizer)  # skipped in fp16 if a gradient overflows
     scaler.update()
     optimizer.zero_grad()
@@ -507,6 +510,7 @@ def backward_in_parts(model, scaler, s, ids, mask, frames, positives):
     Dropout is off, because both passes must agree."""
     model.eval()
     count = math.ceil(len(frames) / s.micro_batch)
+    # The captions of a part need not be those of its videos.
     parts = list(zip(ids.tensor_split(count), mask.tensor_split(count),
                      frames.tensor_split(count)))
 
@@ -610,7 +614,7 @@ def train(model, data, s, device, out, data_id):
     # The signal may also have come in the last evaluation.
     if any_process(stop.is_set()):
         if RANK == 0:
-            note = f"stopped after step {bar.n - 1}; continue with --resume {out}"
+            note = f"stopped after {bar.n} steps; continue with --resume {out}"
             print(note, file=sys.stderr)
         raise KeyboardInterrupt
     handle_signals(signal.default_int_handler)
@@ -645,15 +649,15 @@ def write_line(log, record):
 
 # ---- Checkpoints
 def save_checkpoint(out, step, log_end, state, data_id):
-    """Write out/checkpoints/step-N.pt, and keep the one before it."""
+    """Write out/checkpoints/step-N.pt after N steps, and keep the one before it."""
     content = {name: part.state_dict() for name, part in state.items()}
     content |= dict(step=step, log_end=log_end, data=data_id, rng=torch.get_rng_state())
     path = out / "checkpoints" / f"step-{step:08d}.pt"
     # In memory first, because torch.save is unclear about a full disk.
-    data = io.BytesIO()
-    torch.save(content, data)
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
     with atomic_write(path) as file:
-        file.write(data.getbuffer())
+        file.write(buffer.getbuffer())
     older = [other for other in sorted(path.parent.glob("*.pt")) if other < path]
     for other in older[:-1]:
         other.unlink()
@@ -700,13 +704,13 @@ def atomic_write(path):
 # ---- Evaluation (section 5.3, Table 3)
 EVAL_BATCH = 32  # videos or queries at a time
 
-@torch.compiler.set_stance("force_eager")  # --compile is for the shapes of training
+@torch.compiler.set_stance("force_eager")  # otherwise its shapes would be compiled too
 @torch.no_grad()
 def evaluate(model, clips, s, device):
     """Every caption against every clip -> MMS_F (A, B), MMS_V (A, B), target (A,)."""
     model.eval()
-    size = s.micro_batch or EVAL_BATCH
-    parts = [clips[i:i + size] for i in range(0, len(clips), size)]
+    count = s.micro_batch or EVAL_BATCH
+    parts = [clips[i:i + count] for i in range(0, len(clips), count)]
     load = partial(load_frames, s=s, size=model.image_size)
     F, V = [], []
     for frames in tqdm(prefetch(load, parts, s.workers), "evaluating", len(parts)):
@@ -719,8 +723,8 @@ def evaluate(model, clips, s, device):
     # A few queries at a time, because each token is compared with each frame.
     captions = [caption for clip in clips for caption in clip.captions]
     sim_F, sim_V = [], []
-    for i in range(0, len(captions), size):
-        ids, mask = model.tokenize(captions[i:i + size])
+    for i in range(0, len(captions), count):
+        ids, mask = model.tokenize(captions[i:i + count])
         ids, mask = ids.to(device), mask.to(device)
         with autocast(device, s.precision):
             Q = model.encode_query(ids, mask)
@@ -733,17 +737,20 @@ def evaluate(model, clips, s, device):
 
 def result_rows(sim_F, sim_V, target, interaction="mms"):
     """Metrics of Table 3's scores, text to video and video to text -> a list of dicts."""
+    sim_FV = mms_fv(sim_F, sim_V)
+    to_text = [video_to_text(sim, target) for sim in (sim_F, sim_V, sim_FV)]
+    own_group = torch.arange(len(to_text[0]))
+    rows = score_rows("text to video", sim_F, sim_V, sim_FV, target, interaction)
+    return rows + score_rows("video to text", *to_text, own_group, interaction)
+
+def score_rows(direction, sim_F, sim_V, sim_FV, target, interaction):
     name = interaction.upper()
-    scores = {f"{name}_F": sim_F, f"{name}_V": sim_V, f"{name}_FV": mms_fv(sim_F, sim_V)}
-    to_text = {score: video_to_text(sim, target) for score, sim in scores.items()}
-    own_group = torch.arange(len(to_text[f"{name}_F"]))
+    scores = {f"{name}_F": sim_F, f"{name}_V": sim_V, f"{name}_FV": sim_FV,
+              "RRF": reciprocal_rank_fusion(sim_F, sim_V)}
     rows = []
-    for direction, sims, answer in (("text to video", scores, target),
-                                    ("video to text", to_text, own_group)):
-        sims["RRF"] = reciprocal_rank_fusion(sims[f"{name}_F"], sims[f"{name}_V"])
-        for score, sim in sims.items():
-            row = dict(score=score, direction=direction, queries=len(sim))
-            rows.append(row | retrieval_metrics(sim, answer))
+    for score, sim in scores.items():
+        row = dict(score=score, direction=direction, queries=len(sim))
+        rows.append(row | retrieval_metrics(sim, target))
     return rows
 
 def results_table(result):
@@ -768,7 +775,7 @@ def results_table(result):
 # ---- A run
 def run(s, device):
     """Train and evaluate as the settings say -> the folder of the run."""
-    # All that can be wrong with the data is found before any weights are fetched.
+    # Missing or malformed data are found before any weights are fetched.
     out = run_folder(s)
     data = load_clips(s)
     data_id = data_hash(data)
@@ -795,7 +802,7 @@ def run(s, device):
         train_and_evaluate(model, readable, s, device, out, data_id)
         return out
 
-    # The first process alone writes.
+    # Only the first process writes into the folder of the run.
     with user_errors(out, OSError):
         out.mkdir(parents=True, exist_ok=True)
     with locked(out):
@@ -809,7 +816,7 @@ def run(s, device):
 
         missing = {split: len(data[split]) - len(readable[split]) for split in splits}
         result = dict(
-            evaluation=result_rows(*sims, model.config.interaction), best=best_epoch(out),
+            evaluation=result_rows(*sims, s.interaction), best=best_epoch(out),
             gallery=len(readable["test"]), missing=missing["test"],
             missing_train=missing.get("train", 0), data=data_id,
             machine=f"{WORLD} x {device_name(device)}, torch {torch.__version__}")
@@ -819,13 +826,12 @@ def run(s, device):
             with open(out / "log.jsonl", "a") as log:
                 write_line(log, result)
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    (out / "lock").unlink()
+    (out / "lock").unlink()  # which filelock leaves
     return out
 
 def train_and_evaluate(model, data, s, device, out, data_id):
     """-> what `evaluate` returns of the test clips, in the first process."""
     trains = "train" in data
-    videos = s.micro_batch or (s.batch_size // WORLD if trains else EVAL_BATCH)
     try:
         model.to(device)
         if s.compile:
@@ -838,6 +844,8 @@ def train_and_evaluate(model, data, s, device, out, data_id):
         if RANK == 0:
             return evaluate(model, data["test"], s, device)
     except torch.OutOfMemoryError:
+        at_once = s.batch_size // WORLD if trains else EVAL_BATCH
+        videos = s.micro_batch or at_once
         raise InputError(f"{videos} videos at a time are too many for {device}: use "
                          f"--resume {out} --micro-batch {max(1, videos // 2)}") from None
 
@@ -847,7 +855,8 @@ def run_folder(s):
         return Path(s.resume)
     if s.eval_only and not read_result(s.eval_only):
         raise InputError(f"{s.eval_only} is not finished: use --resume {s.eval_only}")
-    out = Path(s.out or f"runs/{Path(s.data).stem}{'-eval' if s.eval_only else ''}")
+    suffix = "-eval" if s.eval_only else ""
+    out = Path(s.out or f"runs/{Path(s.data).stem}{suffix}")
     if [path for path in out.glob("*") if path.name != "lock"]:
         raise InputError(f"{out} exists: give a new --out, or --resume {out}")
     return out
@@ -895,9 +904,9 @@ def pick_device(name):
     try:
         if name == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        device = torch.zeros(1, device=name).device
-        torch.ones(1, device=device).item()  # not on the meta device
-        return device
+        x = torch.zeros(1, device=name)
+        x.item()  # fails on the meta device
+        return x.device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
 

@@ -14,7 +14,9 @@ width of the joint embedding. Section, equation and table numbers are the paper'
 import contextlib
 import copy
 import difflib
+import itertools
 import json
+import math
 import zipfile
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -71,16 +73,14 @@ def token_frame_similarities(Q, V):
 def mean_max_sim(Q, V, mask=None):
     """Equations 3 and 4: the mean over query tokens of their best similarity to a frame.
 
-    Q (A, M, d), V (B, N, d) either F or V of the videos, optionally a bool mask (A, M)
-    of the tokens that count -> (A, B). Unit vectors give a mean of cosines; nothing is
+    Q (A, M, d), V (B, N, d): F of equation 3 or V of equation 4, optionally a bool mask
+    (A, M) of the tokens that count -> (A, B). Unit vectors give a mean of cosines; nothing is
     normalized here. A M B N numbers are in memory, so split large inputs."""
     sim = token_frame_similarities(Q, V)  # (A, M, B, N)
     best = sim.amax(dim=-1)  # (A, M, B), over frames
     if mask is None:
         return best.mean(dim=1)  # (A, B), over tokens
-
-    counts = mask.to(Q.dtype)  # (A, M), 1 for the tokens that count
-    weight = counts / counts.sum(dim=1, keepdim=True)  # (A, M), 1/M
+    weight = mask / mask.sum(dim=1, keepdim=True)  # (A, M), 1/M for tokens that count
     return (best * weight[..., None]).sum(dim=1)  # (A, B)
 
 def mms_fv(mms_f, mms_v):
@@ -108,8 +108,8 @@ def sigmoid_loss(sim, positives=None, logit_scale=4.77, logit_bias=-12.93):
     return loss.sum() / len(sim)  # over A queries, not all pairs
 
 def info_nce_loss(sim, positives=None, logit_scale=4.6052, logit_bias=0.0):
-    """The baseline of section 4.3 on similarities (A, B) -> the mean of both directions.
-    Positives share the target of their row or column. `logit_bias` has no effect."""
+    """The baseline of section 4.3 on similarities (A, B) -> the mean of both directions. A
+    row's or column's target is shared by its positives. `logit_bias` has no effect."""
     if positives is None:
         positives = diagonal(sim)
     t = torch.as_tensor(logit_scale, dtype=sim.dtype).exp()  # exp(4.6052) = 100
@@ -150,20 +150,18 @@ def load_backbone(name, pretrained):
         pretrained = default
 
     # A file, or no weights, gets the mean and std of the default weights.
-    tag = pretrained if pretrained in tags else default
-    weights = open_clip.get_pretrained_cfg(name, tag)
-    mean = weights.get("mean", open_clip.OPENAI_DATASET_MEAN)
-    std = weights.get("std", open_clip.OPENAI_DATASET_STD)
+    is_tag = pretrained in tags
+    info = open_clip.get_pretrained_cfg(name, pretrained if is_tag else default)
+    mean = info.get("mean", open_clip.OPENAI_DATASET_MEAN)
+    std = info.get("std", open_clip.OPENAI_DATASET_STD)
     if pretrained in (None, "none"):
         return model, mean, std
-    needs_gelu = weights.get("quick_gelu", False)
-    if pretrained in tags and needs_gelu != config.get("quick_gelu", False):
-        raise InputError(f"weights {tag!r} and backbone {name!r} differ in QuickGELU, "
+    if is_tag and info.get("quick_gelu", False) != config.get("quick_gelu", False):
+        raise InputError(f"weights {pretrained!r} and backbone {name!r} differ in QuickGELU, "
                          "which costs accuracy; use the name with -quickgelu")
 
     try:
-        is_tag = pretrained in tags
-        load_weights(model, open_clip.download_pretrained(weights) if is_tag else pretrained)
+        load_weights(model, open_clip.download_pretrained(info) if is_tag else pretrained)
     except Exception as error:
         # The network, the hub and the file can fail in many ways.
         is_clear = isinstance(error, (OSError, ValueError))
@@ -188,14 +186,15 @@ def backbone_config(name):
     config.pop("custom_text", None)  # CustomTextCLIP takes no such argument
     return config
 
-# torch's safe loader refuses NumPy numbers, such as the epoch in open_clip's checkpoints.
+# torch's safe loader refuses NumPy numbers, such as the epoch in open_clip's checkpoints,
+# but for those in this list: an object, or an object and its name in NumPy 1.
 scalar = np._core.multiarray.scalar
-NUMPY_NUMBERS = [scalar, (scalar, "numpy.core.multiarray.scalar"),  # NumPy 2's and 1's
+NUMPY_NUMBERS = [scalar, (scalar, "numpy.core.multiarray.scalar"),
                  np.dtype, np.dtypes.Int64DType, np.dtypes.Float64DType]
 
 def load_weights(model, file):
     """Load OpenAI's TorchScript archive, or what open_clip or safetensors saved, into an
-    open_clip model. Nothing in the file is executed."""
+    open_clip model. No pickled code in the file is run."""
     names = zipfile.ZipFile(file).namelist() if zipfile.is_zipfile(file) else []
     if any(name.endswith("/constants.pkl") for name in names):  # TorchScript
         weights = torch.jit.load(file, map_location="cpu").state_dict()
@@ -271,7 +270,6 @@ class VideoColBERT(nn.Module):
         self.backbone.logit_scale = None
         self.backbone.logit_bias = None
 
-        # Frames have values from 0 to 255.
         self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1))
         self.image_size = self.backbone.visual.image_size[0]
@@ -318,7 +316,7 @@ class VideoColBERT(nn.Module):
             end = self.tokenizer.tokenizer.eos_token_id
         else:
             end = self.tokenizer.eot_token_id
-        # argmax finds the first of equal values.
+        # The first end token: argmax finds the first of equal values.
         first_end = (ids == end).int().argmax(dim=1, keepdim=True)  # (A, 1)
         return torch.arange(ids.shape[1], device=ids.device) <= first_end
 
@@ -334,10 +332,9 @@ class VideoColBERT(nn.Module):
 
         if self.config.interaction == "mp":
             # CLIP pools the end token, the last real one; SigLIP pools the last of all.
-            pooled = mask.sum(dim=1) - 1  # (A,)
             if self.is_siglip:
-                pooled = torch.full_like(pooled, self.num_tokens - 1)
-            mask = one_hot(pooled, self.num_tokens).bool()
+                mask = torch.ones_like(mask)
+            mask = one_hot(mask.sum(dim=1) - 1, self.num_tokens).bool()
         elif self.config.query_augmentation:
             mask = torch.ones_like(mask)
         return ids, mask
@@ -366,6 +363,7 @@ class VideoColBERT(nn.Module):
             raise ValueError(f"frames must be uint8 (B, 1 to {most}, 3, {size}, {size}), "
                              f"not {frames.dtype} {tuple(frames.shape)}")
 
+        # Mean and std are those of values from 0 to 255.
         images = (frames.flatten(0, 1) - self.mean) / self.std  # (B N, 3, H, W)
         # CLIP's projected [CLS] token; SigLIP has none and pools by attention.
         f = self.backbone.visual(images).view(B, N, -1)  # (B, N, d)
@@ -433,7 +431,7 @@ class VideoColBERT(nn.Module):
             model.load_state_dict(weights)
         except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
             raise InputError(f"{folder} holds no model: {shorten(str(error), 200)}") from None
-        model.config = config
+        model.config = config  # with its own `pretrained`
         return model.eval()
 
 # ---- Frames of a video file (section 5.2)
@@ -469,64 +467,62 @@ def frame_times(path):
     per tick; whether times are exact. Files that store all times are not decoded."""
     with open_video(path) as (container, stream, is_timed):
         tick = stream.time_base if is_timed else 1 / (stream.average_rate or 25)
-        packets = [(packet.pts, packet.duration) for packet in container.demux(stream)
-                   if packet.size and not packet.is_discard]
-    if not is_timed or any(time is None for time, _ in packets):
-        packets = [(time, 0) for time, _ in decode(path)]
-    if not packets:
+        frames = [(packet.pts, packet.duration) for packet in container.demux(stream)
+                  if packet.size and not packet.is_discard]
+    if not is_timed or any(time is None for time, _ in frames):
+        frames = [(time, 0) for time, _ in decode(path)]  # of unknown duration
+    if not frames:
         raise VideoError(f"{path}: no frame can be decoded")
 
-    times = np.sort([time for time, _ in packets])
-    last = max(packets, key=lambda packet: packet[0])
-    duration = last[1]
+    frames.sort()
+    times = np.array([time for time, _ in frames])
+    duration = frames[-1][1]
     if not duration:
         # The mean distance of frames, and at least a tick.
-        duration = max(1, (times[-1] - times[0]) // len(times))
+        duration = max(1, (times[-1] - times[0]) // max(1, len(times) - 1))
     return times, times[-1] + duration, float(tick), is_timed
 
 def sample_times(path, timing, num_frames, start=0.0, end=None):
     """The times, (num_frames,) in ticks, of the frames that sample_frames takes.
     `timing` is what frame_times returns."""
     times, end_tick, tick, _ = timing
-    duration = float(end_tick - times[0]) * tick
-    end = duration if end is None else min(end, duration)
+    seconds = float(end_tick - times[0]) * tick
+    end = seconds if end is None else min(end, seconds)
     if num_frames < 1 or not start < end:
         raise VideoError(f"{path}: no {num_frames} frames between {start} and {end} s")
 
     middles = start + (np.arange(num_frames) + 0.5) / num_frames * (end - start)
     # Rounded, because 0.3 seconds may come out just before the frame at 0.3 seconds.
     moments = times[0] + np.round(middles / tick, 3)
-    # On screen is the last frame that has appeared.
+    # The last frame that has appeared at each of these moments.
     return times[np.searchsorted(times, moments, side="right") - 1]
 
 def frames_at(path, timing, wanted, size):
     """The frames on screen at the sorted times `wanted` -> uint8 (N, 3, size, size)."""
-    start = seek_time(path, timing, int(wanted[0]))
     scaler = VideoReformatter()
     shown, pixels = None, []
-    for time, frame in decode(path, start):
-        # Until this frame appears, the one before it is on screen.
-        count = np.searchsorted(wanted, time)
-        while shown and len(pixels) < count:
+    frames = decode(path, seek_time(path, timing, int(wanted[0])))
+    for time, frame in itertools.chain(frames, [(math.inf, None)]):
+        # Until this frame appears, or the video ends, the one before it is on screen.
+        while shown and len(pixels) < len(wanted) and wanted[len(pixels)] < time:
             pixels.append(upright_pixels(shown, size, scaler))
         if len(pixels) == len(wanted):
             break
         shown = frame
-    if shown is None:
+    if not pixels:
         raise VideoError(f"{path}: no frame can be decoded")
-    while len(pixels) < len(wanted):  # the last frame stays
-        pixels.append(upright_pixels(shown, size, scaler))
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
 
 def seek_time(path, timing, wanted):
-    """The time to seek to in order to see the frame at `wanted`; None is the beginning.
-
-    A seek should arrive at a keyframe before that time. In MPEG-TS it may arrive too late;
-    then a time 10 seconds earlier is tried."""
+    """The time to seek to in order to see the frame at `wanted`; None is the beginning."""
     times, _, tick, is_timed = timing
+    if not is_timed:
+        return None
+    # In MPEG-TS a seek may arrive too late; then a time 10 seconds earlier is tried.
     for start in (wanted, wanted - round(10 / tick)):
-        if not is_timed or start <= times[0]:
+        if start <= times[0]:
             return None
+        # One frame shows whether this seek arrives at a keyframe that is early enough.
         time, frame = next(decode(path, start), (None, None))
         if frame and frame.key_frame and time <= wanted:
             return start
@@ -541,7 +537,8 @@ def upright_pixels(frame, size, scaler):
     if matrix is None:
         return pixels
 
-    # It maps x to a x + c y, and y to b x + d y.
+    # Three rows of three numbers; the first two of the first two rows map x to a x + c y,
+    # and y to b x + d y. A negative sign mirrors an axis.
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5]
     if abs(a) >= abs(b):
         return pixels[::np.sign(d), ::np.sign(a)]
@@ -586,8 +583,9 @@ def video_to_text(sim, target):
     G groups of captions; true pairs are on the diagonal. A group scores as its best
     caption, as usual since CLIP4Clip."""
     videos = target.unique()  # (G,)
-    best = [sim[target == video].amax(dim=0) for video in videos]  # G times (B,)
-    return torch.stack(best, dim=1)[videos]  # (G, G)
+    # One column for each group: its similarity to each of the videos.
+    columns = [sim[target == video].amax(dim=0)[videos] for video in videos]
+    return torch.stack(columns, dim=1)  # (G, G)
 
 def reciprocal_rank_fusion(sim_F, sim_V, k=60):
     """Similarities (A, B) twice -> the sum of 1 / (k + rank), (A, B) (section 6)."""

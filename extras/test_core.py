@@ -441,7 +441,7 @@ def test_a_signal_saves_a_checkpoint_and_stops(data, whole, monkeypatch, capsys,
         patch.setattr(train, "training_step", lambda *a: os.kill(os.getpid(), number) or step(*a))
         with pytest.raises(KeyboardInterrupt):
             train.main([*flags, "--out", "a"])
-    assert "stopped after step 0; continue with --resume a\n" in capsys.readouterr().err
+    assert "stopped after 1 steps; continue with --resume a\n" in capsys.readouterr().err
     assert os.listdir("a/checkpoints") == ["step-00000001.pt"]
     train.main(["--resume", "a"])
     assert contents("a") == whole
@@ -830,7 +830,7 @@ def evaluate_slowly(*flags):
     train.evaluate = slow
     run_program(*flags)
 
-STOPPED = r"stopped after step (\d+); continue with --resume a$"
+STOPPED = r"stopped after (\d+) steps; continue with --resume a$"
 
 def test_ctrl_c_under_torchrun_saves_and_says_how_to_resume(data):
     """What torchrun prints after it is its own."""
