@@ -6,7 +6,8 @@
 
 Other flags are train.py's. Clips are those of --data if they are there, else synthetic.
 Calls that are compared take turns, so that a busy machine is equally busy for all of them:
-trust the ratios. With `pip install decord`, decoding is compared with it.
+trust the ratios. With `pip install decord`, decoding is compared with it. Beside a step's
+time stands what it should take on some cards (extras/predict.py).
 """
 import argparse
 import io
@@ -24,9 +25,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from extras.memory import bench_memory, extra_megabytes, random_batch
+from extras.predict import CARDS, predictions
 from extras.shapes import draw_clip
 from extras.video_index import seek_frames
-from train import Clip, autocast, cached_frames, parse_settings, pick_device, run_main
+from train import (
+    Clip, autocast, cached_frames, load_frames, parse_settings, pick_device, run_main)
 from video_colbert import (
     InputError, VideoColBERT, frame_times, frames_at, mean_max_sim, mms_fv, sample_frames,
     sample_times)
@@ -36,7 +39,6 @@ try:
 except ImportError:
     decord = None
 
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16, from data sheets
 CPU = torch.device("cpu")
 
 def median_seconds(device, *calls, repeat=5):
@@ -124,9 +126,9 @@ def to_jpegs(frames):
         Image.fromarray(frame.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=95)
     return files
 
-def bench_clips(s, size):
+def bench_clips(s, size, device):
     """Decoding against reading from the cache, as JPEG, or with decord; clip by clip in
-    turn, in one thread."""
+    turn, in one thread. Then a whole batch, from the cache and to the device."""
     N, times, jpeg_bytes = s.num_frames, [], 0
     with tempfile.TemporaryDirectory() as folder:
         clips, source = some_clips(s, folder)
@@ -139,6 +141,7 @@ def bench_clips(s, size):
             if decord and size % 32 == 0:  # it fails on other sizes
                 calls.append(lambda: decord_frames(clip.path, N, size))
             times.append(median_seconds(CPU, *calls, repeat=3))
+        batch_line = bench_loader(clips, replace(s, cache=folder), size, device)
 
     decode, cache, jpeg, *other = np.mean(times, axis=0)
     megabytes, jpeg_megabytes = N * 3 * size ** 2 / 1e6, jpeg_bytes / len(clips) / 1e6
@@ -148,7 +151,19 @@ def bench_clips(s, size):
             f"({jpeg_megabytes:.2f} MB)")
     if other:
         line += f"; decode {decode / other[0]:.2f} of decord's time"
-    return [line]
+    return [line, batch_line]
+
+def bench_loader(clips, s, size, device):
+    """A batch of clips that are in the cache, again and again the same if they are few."""
+    batch = [clips[i % len(clips)] for i in range(s.batch_size)]
+    frames = load_frames(batch, s, size)
+    load, = median_seconds(CPU, lambda: load_frames(batch, s, size))
+    line = (f"batch of {len(batch)} clips, {frames.nbytes / 1e6:.0f} MB: {1000 * load:.1f} ms "
+            "from the cache in one of --workers threads; ")
+    if device.type == "cpu":
+        return line + "no copy, the step is on the CPU"
+    copy, = median_seconds(device, lambda: frames.to(device, non_blocking=True))
+    return line + f"{1000 * copy:.1f} ms to the device, {frames.nbytes / copy / 1e9:.1f} GB/s"
 
 def bench_step(s, model, device):
     """Where the time of a training step goes."""
@@ -203,13 +218,13 @@ def bench_step(s, model, device):
         device, *parts.values(), lambda: step(quarter), step,
         repeat=9 if device.type == "cuda" else 3)
 
-    card = torch.cuda.get_device_name() if device.type == "cuda" else ""
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else ""
     flops = counter.get_total_flops() / whole
     line = (f"step of {s.batch_size} videos x {s.num_frames} frames, {A} captions, "
             f"{s.backbone}: {1000 * whole:.1f} ms, {A / whole:.1f} pairs/s, "
             f"{flops / 1e12:.2f} TFLOP/s")
-    for name, most in PEAK_FLOPS.items():
-        line += f" ({100 * flops / most:.0f}% of peak)" if name in card else ""
+    for name, card in CARDS.items():
+        line += f" ({100 * flops / card.flops:.0f}% of {name}'s peak)" if name in gpu else ""
     lines = [f"{line}, {peak:.0f} MB"]
     for name, part in zip(parts, seconds):
         lines.append(f"  {name:24}{1000 * part:10.1f} ms {100 * part / whole:6.1f}%")
@@ -302,7 +317,8 @@ def main(argv=None):
     else:
         print(*bench_scores(device), sep="\n")
         model = VideoColBERT(replace(s, pretrained=None)).to(device)
-        print(*bench_clips(s, model.image_size), *bench_step(s, model, device),
+        print(*bench_clips(s, model.image_size, device), *bench_step(s, model, device),
+              *predictions(s, dict.fromkeys(CARDS, s.micro_batch)),
               *bench_query(s, model, device), sep="\n")
 
 if __name__ == "__main__":
