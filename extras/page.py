@@ -1,14 +1,14 @@
-"""Hits as one web page: each video's player at its moment, and what each word sees in it.
+"""Hits as a web page: each video's player at its moment, and what the words see in it.
 
-    python -m extras.search search INDEX "a red square moves left" --html hits.html
-    python -m extras.search explain "a red square" VIDEO --model runs/shapes --html why.html
+    python -m extras.search search INDEX "a red square" --html hits.html
+    python -m extras.search explain "a red square" VIDEO --model RUN --html why.html
 
-The page needs no server and has no scripts. Pictures are in it, videos stay where they are.
-Their addresses are relative to the page, so that it can be moved together with them.
+The page needs no server and has no scripts. It holds its pictures; the videos stay where
+they are. Their addresses are relative to the page, so that both can be moved together.
 
-A player starts where its hit does. In an index of segments the hit is a part of a video, and
-the player stops at its end. In an index of whole videos the hit is the best frame's share of
-its video, often only a second: the player starts there and plays on.
+A player starts where its hit does. In an index of segments a hit is a part of a video,
+and the player stops at its end. In an index of whole videos it is the best frame's share
+of the video, often only a second: the player starts there and plays on.
 """
 import base64
 import io
@@ -21,7 +21,8 @@ from urllib.parse import quote
 import torch
 from PIL import Image
 
-from extras.figures import check_folder, clock, hit_frames, interactions, printable, span
+from extras.figures import (
+    check_folder, clock, hit_frames, interactions, printable, span)
 from train import atomic_write
 from video_colbert import InputError, VideoError, frame_times
 
@@ -34,8 +35,8 @@ STYLE = """
   :root { --page: #15171a; --text: #ececec; --quiet: #a3a7ad; --line: #3a3e45;
     --red: #ff6b6b; --green: #4cc46c; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 16px; max-width: 1180px; background: var(--page);
-  color: var(--text); font: 16px/1.4 system-ui, sans-serif; }
+body { margin: 0 auto; padding: 16px; max-width: 1180px;
+  font: 16px/1.4 system-ui, sans-serif; background: var(--page); color: var(--text); }
 h1 { margin: 0 0 8px; font-size: 24px; }
 h1, h2 { overflow-wrap: anywhere; }
 h2 { margin: 0; font-size: 16px; }
@@ -45,21 +46,22 @@ a { color: inherit; }
 article { display: flex; flex-wrap: wrap; gap: 8px 20px; padding: 16px 0;
   border-top: 1px solid var(--line); }
 header { flex: 1 0 100%; min-width: 0; }
-video { flex: 1 1 260px; min-width: 0; max-width: 420px; height: 240px; background: #000; }
+video { flex: 1 1 260px; min-width: 0; max-width: 420px; height: 240px;
+  background: #000; }
 .missing { flex: 1; margin: 0; padding: 16px; border: 1px dashed var(--red);
   overflow-wrap: anywhere; }
-.scroll { flex: 0 1 auto; max-width: 100%; overflow-x: auto; scroll-padding-left: 160px; }
+.scroll { max-width: 100%; overflow-x: auto; scroll-padding-left: 160px; }
 table { border-spacing: 2px; font-size: 12px; font-variant-numeric: tabular-nums; }
 th, td { padding: 0 2px; min-width: 52px; text-align: center; font-weight: normal; }
 th:first-child { position: sticky; left: 0; max-width: 80px; background: var(--page);
   text-align: right; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
-img { display: block; width: 52px; height: 52px; margin: 0 auto 2px; outline-offset: -1px; }
+img { display: block; width: 52px; height: 52px; margin: 0 auto 2px; }
 thead th { vertical-align: bottom; }
 .best { color: var(--red); font-weight: bold; scroll-initial-target: nearest; }
-.best img { outline: 4px solid var(--red); }
+.best img { outline: 4px solid var(--red); outline-offset: -1px; }
 .pick { font-weight: bold; outline: 2px solid var(--text); outline-offset: -2px; }
-tbody th[colspan] { position: static; max-width: none; padding-top: 4px; text-align: left;
-  overflow: visible; }
+tbody th[colspan] { position: static; max-width: none; padding-top: 4px;
+  text-align: left; overflow: visible; }
 tbody span { position: sticky; left: 2px; }
 .F th[colspan] { color: var(--green); }
 .V th[colspan] { color: var(--red); }
@@ -67,13 +69,14 @@ tbody span { position: sticky; left: 2px; }
 .V td { background: rgba(220, 50, 50, var(--heat)); }
 """
 
-LEGEND = """F compares words with single frames, before the temporal transformer; V compares
-them with frames that have seen the others, after it. A score is the sum of both. The best
-frame is framed in red. Below the frames, the stronger the colour, the more similar are word
-and frame, on one scale for the whole page; the frame that a word picks is outlined. As in the
-paper's Figure 4, these numbers are of words and frames alone; the scores count the query's
-other tokens and the expansion tokens too. If a player stays empty, the video has moved or the
-browser cannot play its format; its name is a link to it."""
+LEGEND = """F compares words with single frames, before the temporal transformer; V
+compares them with frames that have seen the others, after it. A score is the sum of
+both. The best frame is framed in red. Below the frames, the stronger the colour, the
+more similar are word and frame, on one scale for the whole page; the frame that a word
+picks is outlined. As in the paper's Figure 4, these numbers are of words and frames
+alone; the scores count the query's other tokens and the expansion tokens too. If a
+player stays empty, the video has moved or the browser cannot play its format; its name
+is a link to it."""
 
 def check_page(path):
     """Raises InputError if a page cannot be saved under this name."""
@@ -82,7 +85,7 @@ def check_page(path):
     check_folder(path)
 
 def write_page(path, query, hits, model, segment=0):
-    """Write the page of a query's hits. A video that cannot be read is a line that says so.
+    """Write the page of a query's hits; where a video cannot be read, it says so.
     `segment` is the index's, in seconds."""
     looks = [look(model, query, hit, segment) for hit in hits]
     # Colours mean the same on the whole page.
@@ -139,7 +142,7 @@ def frame_clocks(hit, N, segment):
     """The time of each of a hit's N frames, to read."""
     start, length = hit["start"], (hit["end"] - hit["start"]) / N
     if not segment:
-        # The hit is one frame's share of the video, whose end is more exact than its length.
+        # The hit is one frame's share; its end is rounded less than its length is.
         start, length = 0.0, hit["end"] / (hit["frame"] + 1)
     digits = 0 if length >= 5 else 1
     return [clock(start + (n + 0.5) * length, digits) for n in range(N)]
@@ -149,22 +152,18 @@ def safe(text):
     """Text from outside as HTML, also within an attribute."""
     return escape(printable(text))
 
-def relative_path(video, page):
-    """Of a video, as seen from the folder of the page."""
-    return os.path.relpath(video, os.path.dirname(os.path.abspath(page)))
-
 def draw_hit(rank, hit, seen, page, segment, low, high):
     """One hit -> HTML."""
-    path = relative_path(hit["path"], page)
+    path = os.path.relpath(hit["path"], os.path.dirname(os.path.abspath(page)))
     # Bytes that are no text stay the same bytes.
     address = quote(os.fsencode(path))
     # Search counts from the first frame, a player from the file's zero.
-    first = max(0.0, seen.first)
-    moment = f"{first + hit['start']:.2f}"
+    moment = f"{seen.first + hit['start']:.2f}"
     if segment:
-        moment += f",{first + hit['end']:.2f}"
+        moment += f",{seen.first + hit['end']:.2f}"
 
-    media = f'<video controls playsinline preload="metadata" src="{address}#t={moment}"></video>'
+    media = (f'<video controls playsinline preload="metadata" '
+             f'src="{address}#t={moment}"></video>')
     if seen.problem:
         media = f'<p class="missing">missing or unreadable: {safe(seen.problem)}</p>'
     return f"""<article>
@@ -181,16 +180,18 @@ def draw_table(hit, seen, segment, low, high):
     if not N:
         return ""
     cells = []
-    for n, (picture, time) in enumerate(zip(seen.pictures, frame_clocks(hit, N, segment))):
+    for n, time in enumerate(frame_clocks(hit, N, segment)):
         best = ' class="best"' if n == hit["frame"] else ""
-        cells.append(f'<th{best}><img src="{picture}" alt="frame {n + 1}">{time}</th>')
+        picture = f'<img src="{seen.pictures[n]}" alt="frame {n + 1}">'
+        cells.append(f"<th{best}>{picture}{time}</th>")
     rows = [f"<thead><tr><th></th>{''.join(cells)}</tr></thead>"]
 
     for level, side, sim in zip("FV", ("before", "after"), seen.sims):
         title = f"<span>{side} the temporal transformer ({level})</span>"
         rows.append(f'<tbody class="{level}"><tr><th colspan="{N + 1}">{title}</th></tr>')
         for word, row in zip(seen.words, sim):
-            rows.append(f"<tr><th>{safe(word)}</th>{draw_cells(row, low, high)}</tr>")
+            cells = draw_cells(row, low, high)
+            rows.append(f"<tr><th>{safe(word)}</th>{cells}</tr>")
         rows.append("</tbody>")
     lines = "\n".join(rows)
     return f'<div class="scroll"><table>\n{lines}\n</table></div>\n'
