@@ -149,7 +149,7 @@ def frame_clocks(hit, N, segment):
 
 # ---- Text, addresses and HTML
 def safe(text):
-    """Text from outside as HTML, also within an attribute."""
+    """Text from outside as HTML."""
     return escape(printable(text))
 
 def draw_hit(rank, hit, seen, page, segment, low, high):

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from extras.figures import interactions
-from extras.page import write_page
+from extras.page import picture_address, write_page
 from extras.search import find_hits, main
 from extras.video_index import VideoIndex
 from test_video_colbert import write_clip
@@ -155,6 +155,12 @@ def test_the_tables_are_each_words_similarity_to_each_frame(tmp_path, clips, tin
     assert (heats.view(-1, 6) - expected).abs().max() < 0.0051
     rows = [text for text in parsed.texts("th") if text in words]
     assert rows == words * 2 * len(hits)
+
+@pytest.mark.parametrize("size, shown", [(224, 96), (48, 48)])
+def test_pictures_are_small_whatever_the_model_sees(size, shown):
+    frame = torch.full((3, size, size), 200, dtype=torch.uint8)
+    picture = decode_picture(picture_address(frame))
+    assert picture.shape == (shown, shown, 3) and np.abs(picture - 200).max() < 3
 
 @pytest.mark.parametrize("segment, clocks", [
     (0, ["00:00.2", "00:00.5", "00:00.8", "00:01.2", "00:01.5", "00:01.8"]),
