@@ -143,6 +143,12 @@ def clock(seconds, digits):
     width = 3 + digits if digits else 2
     return f"{int(minutes):02}:{rest:0{width}.{digits}f}"
 
+def hit_frames(hit, num_frames, size, segment):
+    """The frames of a hit, uint8 (num_frames, 3, size, size): in an index of segments those
+    of its part of the video, else those of the whole video. Raises VideoError."""
+    part = (hit["start"], hit["end"]) if segment else ()
+    return sample_frames(hit["path"], num_frames, size, *part)
+
 def draw_hits(query, hits, num_frames, segment=0, side=96):
     """A contact sheet -> PIL image: for each hit a strip of at most 12 frames, the best one in
     red. A video that cannot be read is a grey strip. `segment` is the index's, in seconds."""
@@ -160,9 +166,8 @@ def draw_hits(query, hits, num_frames, segment=0, side=96):
         title = f"{rank + 1}   {hit['score']:.3f}   {name}   {span(hit, segment)}"
         draw.text((8, top), title, "black", font)
         top += 20  # of the frames
-        part = (hit["start"], hit["end"]) if segment else ()
         try:
-            frames = sample_frames(hit["path"], num_frames, side - 8, *part)
+            frames = hit_frames(hit, num_frames, side - 8, segment)
         except VideoError:
             draw.rectangle((8, top, 8 + columns * side, top + side), "#c8c8c8")
             draw.text((20, top + 40), f"{name} is missing or cannot be read", "black", font)
@@ -181,5 +186,9 @@ def check_picture(path):
     """Raises InputError if a picture cannot be saved under this name."""
     if Image.registered_extensions().get(Path(path).suffix.lower()) not in Image.SAVE:
         raise InputError(f"{path}: a picture's name ends in .png or .jpg")
+    check_folder(path)
+
+def check_folder(path):
+    """Raises InputError if there is no folder to save a file in."""
     if not Path(path).absolute().parent.is_dir():
         raise InputError(f"{path}: no such folder")

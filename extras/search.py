@@ -2,14 +2,16 @@
 
     python -m extras.search index FOLDER --model runs/shapes --out INDEX [--segment 10]
     python -m extras.search search INDEX "a red square moves left" -k 5 --sheet hits.png
+    python -m extras.search search INDEX "a red square moves left" --html hits.html
     python -m extras.search explain "a red square" VIDEO --model runs/shapes --out why.png
 
 `index` encodes every video below a folder; run again, it encodes only what is new or changed.
 `search` prints rank, score with its F and V parts, path and the time of the best frame. With
 --segment, videos are indexed in overlapping parts of that many seconds, and `search` prints the
-time of the part, or of neighbours joined. `explain` draws which frame each word picks. --model
-is a run's folder, or an open_clip name for a model that was never trained on video. Search is
-exact; extras/export.py exports an index to engines.
+time of the part, or of neighbours joined. `explain` draws which frame each word picks. --html
+writes a page with players (extras/page.py). --model is a run's folder, or an open_clip name
+for a model that was never trained on video. Search is exact; extras/export.py exports an index
+to engines.
 """
 import argparse
 import json
@@ -21,9 +23,11 @@ import torch
 
 from extras.figures import (
     check_picture, draw_hits, draw_interactions, interactions, printable, span)
-from extras.video_index import VideoIndex, fingerprint
+from extras.page import check_page, write_page
+from extras.video_index import VideoIndex, fingerprint, video_seconds
 from train import pick_device, run_main
-from video_colbert import Config, InputError, VideoColBERT, mms_fv, sample_frames
+from video_colbert import (
+    Config, InputError, VideoColBERT, frame_times, mms_fv, sample_frames)
 
 # A segment is joined to an overlapping hit if it loses at most this share of the hit's lead
 # over the median: all segments that show a little of the moment have some good frames.
@@ -74,7 +78,7 @@ def best_hits(index, Q, F, V, k):
         overlapped = [hit for hit in hits if hit["path"] == path
                       and start < hit["end"] and hit["start"] < end]
         if not overlapped and len(hits) < k:
-            best = start + (best_frame(index, Q, row) + 0.5) / N * (end - start)
+            best = start + (best_frame(index.vectors[row], Q, N) + 0.5) / N * (end - start)
             least = score - MERGE * (score - typical)
             hits.append(dict(path=path, score=score, F=F[row].item(), V=V[row].item(),
                              start=start, end=end, best=best, least=least))
@@ -92,11 +96,25 @@ def best_hits(index, Q, F, V, k):
         hit.update(start=round(hit["start"], 2), end=round(hit["end"], 2), frame=n)
     return hits
 
-def best_frame(index, Q, row):
+def best_frame(vectors, Q, N):
     """The frame nearest to the query's tokens on average, over both levels."""
-    N = index.meta["num_frames"]
-    near = index.vectors[row].float() @ Q.sum(dim=0)  # (N + N + E,); masked tokens are 0
+    near = vectors.float() @ Q.sum(dim=0)  # (N + N + E,); masked tokens are 0
     return (near[:N] + near[N:2 * N]).argmax().item()
+
+@torch.no_grad()
+def hit_of_video(model, query, path, frames):
+    """The hit that a video is to a query, as in an index of whole videos."""
+    ids, mask = model.tokenize([query])
+    mask = mask.to(model.device)
+    Q = model.encode_query(ids.to(model.device), mask)
+    F, V = model.encode_video(frames[None].to(model.device))
+    mms_f, mms_v = model.similarities(Q, mask, F, V)
+
+    N = len(frames)
+    n = best_frame(torch.cat([F[0], V[0]]), Q[0], N)
+    length = video_seconds(frame_times(path)) / N
+    return dict(path=path, score=mms_fv(mms_f, mms_v).item(), F=mms_f.item(), V=mms_v.item(),
+                start=n * length, end=(n + 1) * length, frame=n)
 
 # ---- The command line
 def open_model(name, device):
@@ -130,6 +148,8 @@ def index_command(args, device):
 def search_command(args, device):
     if args.sheet:
         check_picture(args.sheet)
+    if args.html:
+        check_page(args.html)
     index = VideoIndex.load(args.index, device)
     made_by, segment = index.meta["model"], index.meta["segment"]
     name = args.model or made_by
@@ -150,9 +170,16 @@ def search_command(args, device):
     if args.sheet:
         sheet = draw_hits(args.query, hits, index.meta["num_frames"], segment)
         sheet.save(args.sheet)
+    if args.html:
+        write_page(args.html, args.query, hits, model, segment)
 
 def explain_command(args, device):
-    check_picture(args.out)
+    if args.html:
+        check_page(args.html)
+    elif not args.out:
+        args.out = "explain.png"
+    if args.out:
+        check_picture(args.out)
     model = open_model(args.model, device)
     frames = sample_frames(args.video, model.config.num_frames, model.image_size)
     words, before, after = interactions(model, args.query, frames)
@@ -164,10 +191,15 @@ def explain_command(args, device):
                      f"after: frame {v.argmax() + 1}, {v.max():.3f}")
     print_lines(lines)
 
-    title = f"{args.query}   ({printable(Path(args.video).name)})"
-    figure = draw_interactions([(title, words, frames, before.cpu(), after.cpu())])
-    figure.save(args.out)
-    print_lines([args.out])
+    if args.html:
+        hit = hit_of_video(model, args.query, args.video, frames)
+        write_page(args.html, args.query, [hit], model)
+        print_lines([args.html])
+    if args.out:
+        title = f"{args.query}   ({printable(Path(args.video).name)})"
+        figure = draw_interactions([(title, words, frames, before.cpu(), after.cpu())])
+        figure.save(args.out)
+        print_lines([args.out])
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
@@ -192,12 +224,14 @@ def main(argv=None):
     explain = commands.add_parser("explain", help="draw which frame each word picks in a video")
     explain.add_argument("query")
     explain.add_argument("video")
-    explain.add_argument("--out", default="explain.png", help="the picture")
+    explain.add_argument("--out", help="the picture; explain.png if there is no --html")
 
     functions = {index: index_command, search: search_command, explain: explain_command}
     for command, function in functions.items():
         command.add_argument("--model", required=command is not search,
                              help="a run's folder, or an open_clip name")
+        if command is not index:
+            command.add_argument("--html", help="write a page with players")
         command.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
         command.set_defaults(function=function)
     args = parser.parse_args(argv)

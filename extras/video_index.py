@@ -104,6 +104,11 @@ class Piece(NamedTuple):
     times: tuple  # of frame_times
     spans: list  # of (start, end) in seconds
 
+def video_seconds(times):
+    """The length of a video, from its frame_times."""
+    ticks, end, tick, _ = times
+    return max(0.001, round((end - ticks[0]) * tick, 3))
+
 def plan_pieces(video, meta, problems):
     """The pieces of a video: none if it cannot be read, and why goes into `problems`."""
     path = os.path.join(meta["root"], video.path)
@@ -112,8 +117,8 @@ def plan_pieces(video, meta, problems):
     except VideoError as error:
         problems[path] = str(error)
         return []
-    ticks, end, tick, is_timed = times
-    seconds = max(0.001, round((end - ticks[0]) * tick, 3))
+    ticks, _, _, is_timed = times
+    seconds = video_seconds(times)
     count = segment_count(meta, seconds)
     if count > len(ticks):
         problems[path] = (f"{path}: {count} segments of {len(ticks)} frames; its times "
