@@ -24,10 +24,10 @@ from torch.nn.functional import normalize
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
+from extras.long_videos import seek_frames
 from extras.memory import bench_memory, extra_megabytes, random_batch
 from extras.predict import CARDS, predictions
 from extras.shapes import draw_clip
-from extras.video_index import seek_frames
 from train import (
     Clip, autocast, cached_frames, load_frames, parse_settings, pick_device, run_main)
 from video_colbert import (

@@ -8,7 +8,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.func import functional_call
 from torch.nn.functional import normalize
 
-from video_colbert import InputError, VideoError, sample_frames
+from extras.long_videos import sample_long_video
+from video_colbert import InputError, VideoError
 
 GREEN, RED = "#0a7d28", "#c4161c"
 
@@ -147,7 +148,7 @@ def hit_frames(hit, num_frames, size, segment):
     """The frames of a hit, uint8 (num_frames, 3, size, size): in an index of segments those
     of its part of the video, else those of the whole video. Raises VideoError."""
     part = (hit["start"], hit["end"]) if segment else ()
-    return sample_frames(hit["path"], num_frames, size, *part)
+    return sample_long_video(hit["path"], num_frames, size, *part)
 
 def draw_hits(query, hits, num_frames, segment=0, side=96):
     """A contact sheet -> PIL image: for each hit a strip of at most 12 frames, the best one in

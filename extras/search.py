@@ -23,11 +23,11 @@ import torch
 
 from extras.figures import (
     check_picture, draw_hits, draw_interactions, interactions, printable, span)
+from extras.long_videos import sample_long_video
 from extras.page import check_page, write_page
 from extras.video_index import VideoIndex, fingerprint, video_seconds
 from train import pick_device, run_main
-from video_colbert import (
-    Config, InputError, VideoColBERT, frame_times, mms_fv, sample_frames)
+from video_colbert import Config, InputError, VideoColBERT, frame_times, mms_fv
 
 # A segment is joined to an overlapping hit if it loses at most this share of the hit's lead
 # over the median: all segments that show a little of the moment have some good frames.
@@ -140,7 +140,7 @@ def index_command(args, device):
     name = os.path.abspath(args.model) if Path(args.model).is_dir() else args.model
     index, skipped = VideoIndex.build(
         args.folder, open_model(args.model, device), args.out, name,
-        workers=min(8, os.cpu_count()), segment=args.segment, stride=args.stride)
+        workers=8, segment=args.segment, stride=args.stride)
     lines = [f"skipped: {problem}" for problem in skipped]
     rows = f", {len(index.vectors)} segments" if args.segment else ""
     print_lines([*lines, f"{len(index.videos)} videos{rows} in {args.out}"])
@@ -181,7 +181,7 @@ def explain_command(args, device):
     if args.out:
         check_picture(args.out)
     model = open_model(args.model, device)
-    frames = sample_frames(args.video, model.config.num_frames, model.image_size)
+    frames = sample_long_video(args.video, model.config.num_frames, model.image_size)
     words, before, after = interactions(model, args.query, frames)
     if not words:
         raise InputError("the query is empty")

@@ -9,7 +9,6 @@ shows the same frames backwards, is in the gallery too.
 """
 import json
 import math
-import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -89,7 +88,7 @@ def write_shapes(root, galleries=6):
     with filelock.FileLock(root / "lock"):
         if (root / "clips.jsonl").exists():
             return
-        lines, pool = [], ThreadPoolExecutor(os.cpu_count())      # x264 runs without Python's lock
+        lines, pool = [], ThreadPoolExecutor(8)  # x264 runs without Python's lock
         try:
             jobs = []
             for i, (color, shape, frame, motion) in enumerate(clips):

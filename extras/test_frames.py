@@ -13,8 +13,8 @@ import torch
 from av.video.reformatter import VideoReformatter
 
 import video_colbert
+from extras.long_videos import sample_long_video, seek_frames
 from extras.test_core import mutate
-from extras.video_index import seek_frames
 from test_video_colbert import frame_numbers, write_clip
 from video_colbert import VideoError, frame_times, frames_at, sample_frames, sample_times
 
@@ -212,6 +212,7 @@ def test_a_few_frames_of_a_long_video_are_sought(tmp_path, decoded):
     assert len(decoded) <= 3 * (1 + 2 * 24)
     want = [linear[k] for k in np.searchsorted(times[0], wanted)]
     assert np.array_equal(got, np.stack(want))
+    assert torch.equal(sample_long_video(path, 3, 24), sample_frames(path, 3, 24))
 
 def test_neighbouring_frames_of_a_long_video_are_decoded_in_one_go(tmp_path, decoded):
     """Three frames of 0.6 seconds cost 14 frames, not three times as many."""

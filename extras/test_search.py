@@ -541,19 +541,19 @@ def test_a_video_that_breaks_off_leaves_no_segment_behind(tmp_path, tiny, monkey
     (tmp_path / "clips").mkdir()
     for name in ("a.mp4", "b.mp4", "c.mp4"):
         write_long_video(tmp_path / "clips" / name, random_pictures(12))
-    read = video_index.frames_at
+    read = video_index.seek_frames
     def breaks_off(path, times, wanted, size):
         if path.endswith("b.mp4") and wanted[0] * times[2] > 12:
             raise VideoError(f"{path}: broken")
         return read(path, times, wanted, size)
     monkeypatch.setattr(video_index, "PIECE", 3)
-    monkeypatch.setattr(video_index, "frames_at", breaks_off)
+    monkeypatch.setattr(video_index, "seek_frames", breaks_off)
     flags = dict(batch_size=4, segment=4.0, stride=2.0)
     index, problems = VideoIndex.build(tmp_path / "clips", tiny, tmp_path / "index", **flags)
     assert problems == [f"{tmp_path}/clips/b.mp4: broken"]
     assert names(index) == ["a.mp4", "c.mp4"] and len(index.vectors) == 22
     assert torch.equal(index.vectors[:11], index.vectors[11:])
-    monkeypatch.setattr(video_index, "frames_at", read)
+    monkeypatch.setattr(video_index, "seek_frames", read)
     (tmp_path / "clips/a.mp4").unlink()
     index, problems = VideoIndex.build(tmp_path / "clips", tiny, tmp_path / "index", **flags)
     assert not problems and names(index) == ["c.mp4", "b.mp4"] and len(index.vectors) == 22

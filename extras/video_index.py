@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from extras.long_videos import seek_frames
 from train import atomic_write, autocast, locked, prefetch, user_errors
-from video_colbert import (
-    InputError, VideoError, frame_times, frames_at, mean_max_sim, sample_times)
+from video_colbert import InputError, VideoError, frame_times, mean_max_sim, sample_times
 
 VIDEO_ENDINGS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".3gp",
                  ".flv", ".wmv", ".ts")
@@ -148,14 +148,6 @@ def read_piece(piece, model, problems):
         return piece.video, []
     which = which.reshape(len(piece.spans), num_frames)
     return piece.video, [frames[row] for row in which]
-
-def seek_frames(path, times, wanted, size):
-    """The same as frames_at, faster for a few frames of a long video: if they are hundreds of
-    frames apart, each is reached by a seek of its own."""
-    first, last = np.searchsorted(times[0], [wanted[0], wanted[-1]])
-    if last - first <= 500 * len(wanted):
-        return frames_at(path, times, wanted, size)
-    return torch.cat([frames_at(path, times, [time], size) for time in wanted])
 
 # ---- The index
 def array_shape(meta):
