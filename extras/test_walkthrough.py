@@ -89,9 +89,10 @@ def test_the_vectors_have_unit_length_and_the_mean_of_the_maxima_is_mean_max_sim
         assert by_hand == pytest.approx(want, abs=1e-6) == by_code
 
 def test_mms_f_knows_no_order_and_mms_v_does(walk):
-    """Sections 6 and 7: the clip backwards, and in all orders of its 6 frames."""
+    """Sections 6 and 7: the clip backwards, and in all orders of its 6 frames. After few steps of
+    training the order matters little to MMS_V, but more than rounding, about 1e-7."""
     values, _ = walk
-    for level, (low, high) in (("F", (0, 1e-6)), ("V", (1e-4, 2))):
+    for level, (low, high) in (("F", (0, 1e-6)), ("V", (5e-6, 2))):
         pair, order = values[f"pair_{level}"], values[f"order_{level}"]
         assert pair.shape == (2, 2) and order.shape == (1, 720)
         assert low <= (pair[:, 0] - pair[:, 1]).abs().max() <= high
