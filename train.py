@@ -46,7 +46,7 @@ from video_colbert import (
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
-# ---- Settings: the paper's or, where its Table 10 is illegible, DRL's
+# ---- Settings: the paper's or, where our scan of its Table 10 is illegible, DRL's
 @dataclass
 class Settings(Config):
     data: str = "shapes"  # shapes (using a small preset), msrvtt or FILE.jsonl
@@ -54,14 +54,14 @@ class Settings(Config):
     out: str = ""  # folder of the run, must be new; default runs/NAME
     cache: str = "data/cache"  # folder of decoded frames, safe to delete
     epochs: int = 5  # passes over all captions (DRL's)
-    batch_size: int = 128  # videos in a batch, over all processes together (DRL's)
-    captions_per_video: int = 1  # captions that share one encoding of their video
+    batch_size: int = 128  # examples in a batch, over all processes (DRL's)
+    captions_per_video: int = 1  # in one example, for one encoding of its video
     micro_batch: int = 0  # videos encoded at a time, to save memory; 0 is all
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: fp32 on a CPU
     lr_pretrained: float = 1e-7  # learning rate of the pre-trained encoders (Table 9)
     lr: float = 1e-4  # learning rate of everything new (Table 9)
-    weight_decay: float = 0.01  # AdamW's, not of biases and norms (Table 9)
-    warmup: float = 0.1  # share of the steps with a rising learning rate (Table 9)
+    weight_decay: float = 0.01  # AdamW's; none for biases and norms (Table 9)
+    warmup: float = 0.1  # share of the steps in which the rate rises (Table 9)
     max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0 turns it off (Table 9)
     seed: int = 0  # of the weights and of the order of the clips
     device: str = "auto"  # auto (cuda, mps or cpu), or any device that torch knows
@@ -95,13 +95,13 @@ def default_settings(data="", backbone="", loss=""):
     return s
 
 def parse_settings(argv):
-    """Command line -> Settings. Flags that are not typed keep the values of the run to
-    resume or to evaluate; without one, default_settings has them."""
+    """Command line -> Settings. A flag that is not given has the value of the run that is
+    resumed or evaluated, or else of default_settings."""
     # First only the flags on which the defaults of the others depend.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--data", "--backbone", "--loss", "--resume"):
         first.add_argument(flag, default="")
-    first.add_argument("--eval-only", "--eval_only", default="")  # tyro knows both too
+    first.add_argument("--eval-only", "--eval_only", default="")  # tyro takes both, too
     typed, _ = first.parse_known_args(argv)
     if typed.resume and typed.eval_only:
         raise InputError("--resume and --eval-only exclude each other")
@@ -113,8 +113,8 @@ def parse_settings(argv):
             default = replace(saved, root="")  # other data have another folder
     else:
         default = default_settings(typed.data, typed.backbone, typed.loss)
-    words = " ".join(argv).replace("=", " ").split()
-    if "True" in words or "False" in words:
+    values = [arg.split("=")[-1] for arg in argv]
+    if "True" in values or "False" in values:
         raise InputError("do not write True or False, but --freeze or --no-freeze")
     s = tyro.cli(Settings, args=argv, default=default, description=__doc__.splitlines()[0])
     check_settings(s)
@@ -155,13 +155,13 @@ BAD_DATA = (OSError, ValueError, LookupError, TypeError, AttributeError, Recursi
 
 @contextlib.contextmanager
 def user_errors(source, kinds=BAD_DATA):
-    """What is wrong with a file, a disk or data becomes one line that names it."""
+    """Errors of files and data become an InputError of one line that names `source`."""
     try:
         yield
     except InputError:
         raise
     except kinds as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = getattr(error, "strerror", None) or error  # without the file's name
         if isinstance(error, LookupError):
             reason = f"no {error}"  # such as: no 'video'
         raise InputError(f"{source}: {reason}") from None
@@ -178,9 +178,9 @@ class Clip:
         captions = self.captions if isinstance(self.captions, list) else []
         if not captions or not all(isinstance(x, str) and x.strip() for x in captions):
             raise ValueError("expected a list of captions that are not blank")
-        " ".join(captions).encode()  # fails for half a surrogate pair, as JSON may have
+        " ".join(captions).encode()  # raises if UTF-8 cannot hold them
         end = math.inf if self.end is None else self.end
-        are_numbers = {type(self.start), type(end)} <= {int, float}  # nor bool or str
+        are_numbers = {type(self.start), type(end)} <= {int, float}  # not bool, not str
         if not are_numbers or not 0 <= self.start < end:
             raise ValueError("expected 0 <= start < end in seconds")
 
@@ -206,7 +206,7 @@ def load_clips(s):
             split = record.pop("split")
             if split not in data:
                 raise ValueError("expected a split of train, val or test")
-            clip = Clip(record.pop("video"), **record)
+            clip = Clip(record.pop("video"), **record)  # TypeError for unknown keys
             key = (split, os.path.realpath(clip.path), clip.start, clip.end)
             if key in seen:
                 raise ValueError("expected each clip only once")
@@ -255,7 +255,7 @@ def msrvtt_records(root):
             with user_errors(file):
                 video = row["video_id"]
                 texts = captions[video] if split == "train" else [row["sentence"]]
-                path = videos.get(video, video)  # if missing, it cannot be read
+                path = videos.get(video, video)  # a missing one counts as unreadable
             yield file, dict(video=path, captions=texts, split=split)
 
 def read_rows(file):
@@ -266,7 +266,7 @@ def find_files(root, pattern):
     return sorted(glob.glob(f"{glob.escape(str(root))}/**/{pattern}", recursive=True))
 
 def read_file(path, parse):
-    """What `parse`, a library's function, makes of a text file. Raises InputError."""
+    """-> parse(file) for a text file. Raises InputError."""
     with user_errors(path), open(path, encoding="utf-8-sig", newline="") as file:
         return parse(file)
 
@@ -292,6 +292,7 @@ def cached_frames(clip, num_frames, size, cache):
     key = [CACHE_VERSION, os.path.abspath(clip.path), file_id(clip.path), clip.start,
            clip.end, num_frames, size]
     with contextlib.suppress(OSError):
+        # file_id misses changes beyond the first 64 KB.
         key.append(os.stat(clip.path).st_mtime_ns)
     path = Path(cache, hashlib.sha1(json.dumps(key).encode()).hexdigest())
     shape = (num_frames, 3, size, size)
@@ -321,7 +322,7 @@ def load_frames(clips, s, size):
     return frames
 
 def fill_cache(clips, split, s, size):
-    """Decode what the cache lacks -> those of a split's clips that can be read."""
+    """Decode what the cache lacks -> the clips of a split that can be read."""
     mine = rank_slice(clips)
     check = partial(is_readable, s=s, size=size)
     threads = max(s.workers, torch.get_num_threads())
@@ -347,7 +348,7 @@ def is_readable(clip, s, size):
         return False
 
 def prefetch(function, items, threads):
-    """function(item) for each item in order, computed ahead in so many threads."""
+    """Yield function(item) for each item in order, computed ahead by threads."""
     pool, waiting = ThreadPoolExecutor(threads), deque()
     try:
         for item in items:
@@ -361,8 +362,8 @@ def prefetch(function, items, threads):
 
 # ---- Batches
 def epoch_examples(clips, s, epoch):
-    """(index of a clip, [indices of k of its captions]) in random order. Each caption is
-    in one example; if their number is no multiple of k, the first ones are repeated."""
+    """A list of (index of a clip, [indices of k = captions_per_video captions]) in random
+    order. Each caption is used once; a clip's last example is filled up with its first."""
     rng = np.random.default_rng([s.seed, epoch])
     k = s.captions_per_video
     examples = []
@@ -389,8 +390,8 @@ def load_batch(batch, clips, s, model):
     return ids, mask, frames, positive_pairs(clips, batch)
 
 def positive_pairs(clips, batch):
-    """Which of a batch's A captions belong to which of its B videos -> bool (A, B): a
-    video's own, and those of others if one of its own in this batch has the same text."""
+    """Which captions of a batch describe which of its videos -> bool (A, B): equal texts
+    describe each other's videos."""
     videos = np.array([v for v, _ in batch])  # (B,)
     texts, described = [], {}  # the captions; the videos that each of them describes
     for v, chosen in batch:
@@ -398,14 +399,14 @@ def positive_pairs(clips, batch):
             text = clips[v].captions[c]
             texts.append(text)
             described.setdefault(text, []).append(v)
-    rows = [np.isin(videos, described[text]) for text in texts]  # A times (B,)
+    rows = [np.isin(videos, described[text]) for text in texts]  # A rows (B,)
     return torch.from_numpy(np.stack(rows))
 
 # ---- Optimizer (section 5.2, Table 9)
 def make_optimizer(model, s):
     """AdamW, in groups of pre-trained parameters, new ones, and the loss's scale and bias.
     Biases and norms, which have one dimension, do not decay."""
-    # Trained from scratch, scale and bias start far from their final values.
+    # If trained from scratch, the loss's scale and bias start far from their final values.
     loss_lr = 10 * s.lr if s.backbone == "tiny" else s.lr_pretrained
     peak_lr = dict(pretrained=s.lr_pretrained, new=s.lr, scale=loss_lr)
     groups = {}
@@ -416,12 +417,13 @@ def make_optimizer(model, s):
         decay = s.weight_decay if p.ndim > 1 else 0.0
         if p.requires_grad:
             groups.setdefault((kind, decay), []).append(p)
-    groups = [dict(params=params, name=kind, peak_lr=peak_lr[kind], weight_decay=decay)
-              for (kind, decay), params in groups.items()]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
+    options = [dict(params=params, name=kind, peak_lr=peak_lr[kind], weight_decay=decay)
+               for (kind, decay), params in groups.items()]
+    return torch.optim.AdamW(options, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 def schedule(step, steps, warmup):
-    """Factor of the learning rate: a linear rise for the share `warmup`, then a fall."""
+    """Fraction of the peak learning rate: a linear rise in `warmup` of the steps, then a
+    linear fall to 0."""
     rise = max(1, round(warmup * steps))
     if step < rise:
         return (step + 1) / rise
@@ -471,9 +473,8 @@ def sum_gradients(model):
 
 # ---- Training step
 def training_step(model, optimizer, scaler, s, ids, mask, frames, positives):
-    """One step -> (5,), which write_log reads: loss, mean MMS_F and MMS_V of true pairs,
-    gradient norm, scale of fp16. `positives` (A, B) is of the whole batch, the rest of this
-    process's part."""
+    """One step -> (5,): loss, mean MMS_F and MMS_V of the true pairs, gradient norm, scale
+    of fp16. `positives` (A, B) covers the whole batch, all else this process's part."""
     model.train()
     backward = backward_at_once
     if 0 < s.micro_batch < len(frames):
@@ -485,17 +486,17 @@ def training_step(model, optimizer, scaler, s, ids, mask, frames, positives):
     scaler.unscale_(optimizer)
     max_norm = s.max_grad_norm or math.inf
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    # The scale times 1, because get_scale() would wait for the GPU.
+    # For the log; get_scale() would wait for the GPU.
     scale = scaler.scale(torch.ones_like(norm))
     scaler.step(optimizer)  # skipped in fp16 if a gradient overflows
     scaler.update()
     optimizer.zero_grad()
-    if s.loss == "infonce":
+    if s.loss == "infonce" and s.learn_scale:
         model.logit_scale.data.clamp_(max=math.log(100))  # as CLIP does
 
     # Means over the true pairs. Indexing by `positives` would wait for the GPU.
-    share = positives / positives.sum()
-    mms_f, mms_v = (sim_F * share).sum(), (sim_V * share).sum()
+    weight = positives / positives.sum()
+    mms_f, mms_v = (sim_F * weight).sum(), (sim_V * weight).sum()
     return torch.stack([loss, mms_f, mms_v, norm, scale]).detach()
 
 def backward_at_once(model, scaler, s, ids, mask, frames, positives):
@@ -530,7 +531,8 @@ def backward_in_parts(model, scaler, s, ids, mask, frames, positives):
 
     # 3. Embed each part again, and pass these gradients on to the parameters.
     for part, q, f, v in zip(parts, Q, F, V):
-        torch.autograd.backward(encode(model, s, *part), (q.grad, f.grad, v.grad))
+        embeddings = encode(model, s, *part)
+        torch.autograd.backward(embeddings, (q.grad, f.grad, v.grad))
     return loss, sim_F, sim_V
 
 def whole_loss(model, Q, mask, F, V, positives):
@@ -557,7 +559,7 @@ def autocast(device, precision="auto"):
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 def make_scaler(device, precision):
-    """fp16 loses small gradients unless the loss is scaled up; otherwise the scale is 1."""
+    """Scales the loss up in fp16, which loses small gradients; does nothing otherwise."""
     is_fp16 = pick_dtype(device, precision) == torch.float16
     return torch.amp.GradScaler(device.type, growth_interval=200, enabled=is_fp16)
 
@@ -575,13 +577,13 @@ def train(model, data, s, device, out, data_id):
     first, log_end = restore(out, state, data_id)
     log = open(os.devnull if RANK else out / "log.jsonl", "a")
     if RANK == 0:
-        log.truncate(log_end)  # later steps run again
+        log.truncate(log_end)  # without the steps after the checkpoint
 
     # A signal only asks to stop, so that no step is cut short.
     stop = threading.Event()
     handle_signals(lambda number, frame: stop.set())
     load = partial(load_batch, clips=clips, s=s, model=model)
-    todo = itertools.islice(batches(clips, s), first, None)  # without those done before
+    todo = itertools.islice(batches(clips, s), first, None)  # skip what is done
     bar = tqdm(desc=f"training on {device_name(device)}", initial=first, total=steps,
                disable=RANK > 0)
     unread = []  # steps whose numbers are still on the GPU
@@ -653,7 +655,7 @@ def save_checkpoint(out, step, log_end, state, data_id):
     content = {name: part.state_dict() for name, part in state.items()}
     content |= dict(step=step, log_end=log_end, data=data_id, rng=torch.get_rng_state())
     path = out / "checkpoints" / f"step-{step:08d}.pt"
-    # In memory first, because torch.save is unclear about a full disk.
+    # In memory first, because torch.save's error for a full disk is unclear.
     buffer = io.BytesIO()
     torch.save(content, buffer)
     with atomic_write(path) as file:
@@ -737,14 +739,15 @@ def evaluate(model, clips, s, device):
 
 def result_rows(sim_F, sim_V, target, interaction="mms"):
     """Metrics of Table 3's scores, text to video and video to text -> a list of dicts."""
-    sim_FV = mms_fv(sim_F, sim_V)
-    to_text = [video_to_text(sim, target) for sim in (sim_F, sim_V, sim_FV)]
-    own_group = torch.arange(len(to_text[0]))
-    rows = score_rows("text to video", sim_F, sim_V, sim_FV, target, interaction)
-    return rows + score_rows("video to text", *to_text, own_group, interaction)
+    sims = [sim_F, sim_V, mms_fv(sim_F, sim_V)]
+    to_text = [video_to_text(sim, target) for sim in sims]
+    own_captions = torch.arange(len(to_text[0]))
+    return (score_rows("text to video", sims, target, interaction)
+            + score_rows("video to text", to_text, own_captions, interaction))
 
-def score_rows(direction, sim_F, sim_V, sim_FV, target, interaction):
+def score_rows(direction, sims, target, interaction):
     name = interaction.upper()
+    sim_F, sim_V, sim_FV = sims
     scores = {f"{name}_F": sim_F, f"{name}_V": sim_V, f"{name}_FV": sim_FV,
               "RRF": reciprocal_rank_fusion(sim_F, sim_V)}
     rows = []
@@ -768,7 +771,7 @@ def results_table(result):
     best = result["best"]
     if best:
         metrics = " ".join(f"{name} {best[name]:.4g}" for name in ("R@1", "R@5", "R@10"))
-        lines.append(f"best epoch on the test set, which CLIP4Clip, DRL and UATVR report: "
+        lines.append("best epoch on the test set, which CLIP4Clip, DRL and UATVR report: "
                      f"epoch {best['epoch']}, {metrics} nDCG@10 {best['nDCG@10']:.4g}")
     return "\n".join(lines)
 
@@ -785,7 +788,7 @@ def run(s, device):
         if split != "val" and not data[split]:
             raise InputError(f"{s.data} has no {split} clips")
     result = read_result(out)
-    if s.resume and result:
+    if result:  # the run to resume is finished
         if result["data"] != data_id:
             raise InputError(f"{out} was run on other clips or captions")
         return out
@@ -807,7 +810,7 @@ def run(s, device):
         out.mkdir(parents=True, exist_ok=True)
     with locked(out):
         if not s.resume:
-            run_folder(s)  # while this one decoded, another may have begun
+            run_folder(s)  # raises if another run has begun here meanwhile
             with atomic_write(out / "settings.json") as file:
                 file.write(json.dumps(asdict(s), indent=2).encode())
         sims = train_and_evaluate(model, readable, s, device, out, data_id)
@@ -831,21 +834,20 @@ def run(s, device):
 
 def train_and_evaluate(model, data, s, device, out, data_id):
     """-> what `evaluate` returns of the test clips, in the first process."""
-    trains = "train" in data
     try:
+        videos = s.micro_batch or s.batch_size // WORLD
         model.to(device)
         if s.compile:
             # In place, so that the parameters keep their names.
             visual, text = model.backbone.visual, model.backbone.text
             for module in (visual, text.transformer, model.temporal):
                 module.compile()
-        if trains:
+        if "train" in data:
             train(model, data, s, device, out, data_id)
         if RANK == 0:
+            videos = s.micro_batch or EVAL_BATCH
             return evaluate(model, data["test"], s, device)
     except torch.OutOfMemoryError:
-        at_once = s.batch_size // WORLD if trains else EVAL_BATCH
-        videos = s.micro_batch or at_once
         raise InputError(f"{videos} videos at a time are too many for {device}: use "
                          f"--resume {out} --micro-batch {max(1, videos // 2)}") from None
 
@@ -857,7 +859,7 @@ def run_folder(s):
         raise InputError(f"{s.eval_only} is not finished: use --resume {s.eval_only}")
     suffix = "-eval" if s.eval_only else ""
     out = Path(s.out or f"runs/{Path(s.data).stem}{suffix}")
-    if [path for path in out.glob("*") if path.name != "lock"]:
+    if any(path.name != "lock" for path in out.glob("*")):
         raise InputError(f"{out} exists: give a new --out, or --resume {out}")
     return out
 
@@ -914,9 +916,9 @@ def main(argv=None):
     s = parse_settings(sys.argv[1:] if argv is None else argv)
     device = pick_device(s.device)
     if WORLD > 1:
-        # One process may decode for hours while the others wait. Lists and flags are
-        # gathered on the CPU.
+        # Flags and lists are gathered on the CPU.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        # One process may decode for hours while the others wait.
         dist.init_process_group(backend, timeout=timedelta(days=1))
     out = run(s, device)
     if RANK == 0:

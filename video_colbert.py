@@ -73,9 +73,9 @@ def token_frame_similarities(Q, V):
 def mean_max_sim(Q, V, mask=None):
     """Equations 3 and 4: the mean over query tokens of their best similarity to a frame.
 
-    Q (A, M, d), V (B, N, d): F of equation 3 or V of equation 4, optionally a bool mask
-    (A, M) of the tokens that count -> (A, B). Unit vectors give a mean of cosines; nothing is
-    normalized here. A M B N numbers are in memory, so split large inputs."""
+    Q (A, M, d), V (B, N, d), which is F for equation 3, and a bool mask (A, M) of the tokens
+    that count, if not all -> (A, B). Unit vectors give a mean of cosines; nothing is
+    normalized here. It holds A * M * B * N numbers in memory, so split large inputs."""
     sim = token_frame_similarities(Q, V)  # (A, M, B, N)
     best = sim.amax(dim=-1)  # (A, M, B), over frames
     if mask is None:
@@ -108,8 +108,9 @@ def sigmoid_loss(sim, positives=None, logit_scale=4.77, logit_bias=-12.93):
     return loss.sum() / len(sim)  # over A queries, not all pairs
 
 def info_nce_loss(sim, positives=None, logit_scale=4.6052, logit_bias=0.0):
-    """The baseline of section 4.3 on similarities (A, B) -> the mean of both directions. A
-    row's or column's target is shared by its positives. `logit_bias` has no effect."""
+    """The baseline of section 4.3 on similarities (A, B) -> the mean of both directions.
+    Positives of a row or column have equal shares of its target. `logit_bias` has no
+    effect."""
     if positives is None:
         positives = diagonal(sim)
     t = torch.as_tensor(logit_scale, dtype=sim.dtype).exp()  # exp(4.6052) = 100
@@ -132,13 +133,13 @@ FROZEN = ("text.positional_embedding", "text.token_embedding",
           "visual.trunk.pos_embed", "visual.trunk.patch_embed")  # SigLIP
 
 def load_backbone(name, pretrained):
-    """An open_clip model -> (model, mean, std): the pixel mean and std of its weights.
-    Raises InputError for a name or weights that cannot be used."""
+    """-> an open_clip model, and the pixel mean and std that its weights expect. Raises
+    InputError for a name or weights that cannot be used."""
     if name == "tiny":
         if pretrained not in ("auto", "none", None):
             raise InputError("the tiny backbone has no pretrained weights")
         model = open_clip.CustomTextCLIP(**TINY)
-        # Otherwise patch embeddings swamp the positions.
+        # Larger, or else patch embeddings swamp them.
         model.visual.positional_embedding.data *= 4
         return model, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 
@@ -148,22 +149,24 @@ def load_backbone(name, pretrained):
     default = "webli" if "webli" in tags else "openai"
     if pretrained == "auto":
         pretrained = default
+    is_tag = pretrained in tags
 
     # A file, or no weights, gets the mean and std of the default weights.
-    is_tag = pretrained in tags
-    info = open_clip.get_pretrained_cfg(name, pretrained if is_tag else default)
+    tag = pretrained if is_tag else default
+    info = open_clip.get_pretrained_cfg(name, tag)
     mean = info.get("mean", open_clip.OPENAI_DATASET_MEAN)
     std = info.get("std", open_clip.OPENAI_DATASET_STD)
     if pretrained in (None, "none"):
         return model, mean, std
     if is_tag and info.get("quick_gelu", False) != config.get("quick_gelu", False):
-        raise InputError(f"weights {pretrained!r} and backbone {name!r} differ in QuickGELU, "
+        raise InputError(f"weights {tag!r} and backbone {name!r} differ in QuickGELU, "
                          "which costs accuracy; use the name with -quickgelu")
 
     try:
-        load_weights(model, open_clip.download_pretrained(info) if is_tag else pretrained)
+        file = open_clip.download_pretrained(info) if is_tag else pretrained
+        load_weights(model, file)
     except Exception as error:
-        # The network, the hub and the file can fail in many ways.
+        # The network, the hub and the file can fail in many ways, not all with a clear text.
         is_clear = isinstance(error, (OSError, ValueError))
         reason = shorten(str(error), 150) if is_clear else "not a whole file of weights"
         raise InputError(
@@ -179,15 +182,15 @@ def backbone_config(name):
         raise InputError(f"unknown backbone {name!r}; similar names: {', '.join(similar)}")
     is_resnet = isinstance(config["vision_cfg"].get("layers"), list)
     is_coca = "multimodal_cfg" in config
-    # The temporal layers are text layers, so texts must be as wide as the embedding.
+    # The temporal layers are text layers, so these must be as wide as the embedding.
     same_width = config["text_cfg"].get("width") == config["embed_dim"]
     if is_resnet or is_coca or not same_width:
         raise InputError(f"backbone {name!r} is not supported: not built like CLIP")
     config.pop("custom_text", None)  # CustomTextCLIP takes no such argument
     return config
 
-# torch's safe loader refuses NumPy numbers, such as the epoch in open_clip's checkpoints,
-# but for those in this list: an object, or an object and its name in NumPy 1.
+# What open_clip's checkpoints may hold beside tensors: NumPy numbers, such as the epoch.
+# torch's safe loader accepts only what is listed. In NumPy 1 `scalar` had another name.
 scalar = np._core.multiarray.scalar
 NUMPY_NUMBERS = [scalar, (scalar, "numpy.core.multiarray.scalar"),
                  np.dtype, np.dtypes.Int64DType, np.dtypes.Float64DType]
@@ -195,8 +198,9 @@ NUMPY_NUMBERS = [scalar, (scalar, "numpy.core.multiarray.scalar"),
 def load_weights(model, file):
     """Load OpenAI's TorchScript archive, or what open_clip or safetensors saved, into an
     open_clip model. No pickled code in the file is run."""
+    # Only TorchScript archives hold constants.pkl.
     names = zipfile.ZipFile(file).namelist() if zipfile.is_zipfile(file) else []
-    if any(name.endswith("/constants.pkl") for name in names):  # TorchScript
+    if any(name.endswith("/constants.pkl") for name in names):
         weights = torch.jit.load(file, map_location="cpu").state_dict()
     else:
         with torch.serialization.safe_globals(NUMPY_NUMBERS):
@@ -270,6 +274,7 @@ class VideoColBERT(nn.Module):
         self.backbone.logit_scale = None
         self.backbone.logit_bias = None
 
+        # Frames have values from 0 to 255.
         self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1))
         self.image_size = self.backbone.visual.image_size[0]
@@ -290,6 +295,7 @@ class VideoColBERT(nn.Module):
             if value not in allowed:
                 raise InputError(f"{name} must be {' or '.join(allowed)}, not {value}")
 
+        # Frame positions are copied from the text's, so there are no more frames than those.
         ranges = dict(num_tokens=(3, context_length), num_frames=(1, context_length),
                       pad_token=(0, vocabulary - 1), temporal_layers=(1, 1000),
                       visual_expansion=(0, 1000))
@@ -313,7 +319,7 @@ class VideoColBERT(nn.Module):
     def real_tokens(self, ids):
         """ids (A, M) -> bool (A, M): True for start, words and end, False for pads."""
         if self.is_siglip:
-            end = self.tokenizer.tokenizer.eos_token_id
+            end = self.tokenizer.tokenizer.eos_token_id  # of transformers
         else:
             end = self.tokenizer.eot_token_id
         # The first end token: argmax finds the first of equal values.
@@ -332,9 +338,10 @@ class VideoColBERT(nn.Module):
 
         if self.config.interaction == "mp":
             # CLIP pools the end token, the last real one; SigLIP pools the last of all.
+            last = mask.sum(dim=1) - 1  # (A,)
             if self.is_siglip:
-                mask = torch.ones_like(mask)
-            mask = one_hot(mask.sum(dim=1) - 1, self.num_tokens).bool()
+                last[:] = self.num_tokens - 1
+            mask = one_hot(last, self.num_tokens).bool()
         elif self.config.query_augmentation:
             mask = torch.ones_like(mask)
         return ids, mask
@@ -357,13 +364,12 @@ class VideoColBERT(nn.Module):
         """uint8 RGB frames (B, N, 3, image_size, image_size), N at most num_frames ->
         F (B, N, d), V (B, N + E, d). Raises ValueError for other frames."""
         B, N, *picture = frames.shape
-        most, size = self.config.num_frames, self.image_size
-        has_shape = B > 0 and 1 <= N <= most and picture == [3, size, size]
+        max_frames, size = self.config.num_frames, self.image_size
+        has_shape = B > 0 and 1 <= N <= max_frames and picture == [3, size, size]
         if frames.dtype != torch.uint8 or not has_shape:
-            raise ValueError(f"frames must be uint8 (B, 1 to {most}, 3, {size}, {size}), "
+            raise ValueError(f"frames must be uint8 (B, 1 to {max_frames}, 3, {size}, {size}), "
                              f"not {frames.dtype} {tuple(frames.shape)}")
 
-        # Mean and std are those of values from 0 to 255.
         images = (frames.flatten(0, 1) - self.mean) / self.std  # (B N, 3, H, W)
         # CLIP's projected [CLS] token; SigLIP has none and pools by attention.
         f = self.backbone.visual(images).view(B, N, -1)  # (B, N, d)
@@ -390,7 +396,7 @@ class VideoColBERT(nn.Module):
         return mean_max_sim(Q, F, mask), mean_max_sim(Q, V, mask)
 
     def compute_loss(self, Q, mask, F, V, positives=None):
-        """The arguments of `similarities`, and positives (A, B), by default the diagonal
+        """Takes what `similarities` takes, and positives (A, B), by default the diagonal
         -> loss, MMS_F (A, B), MMS_V (A, B)."""
         sim_F, sim_V = self.similarities(Q, mask, F, V)
         criterion = LOSSES[self.config.loss]
@@ -437,14 +443,15 @@ class VideoColBERT(nn.Module):
 # ---- Frames of a video file (section 5.2)
 @contextlib.contextmanager
 def open_video(path):
-    """-> container, video stream, and whether the file stores the times of its frames
-    exactly. If not, as in AVI, a frame's number is its time. Raises VideoError."""
+    """-> container, video stream, is_timed: whether the file stores the exact times of its
+    frames. If not, as in AVI, frames are numbered instead. Raises VideoError."""
     try:
         with av.open(str(path), metadata_errors="ignore") as container:
             stream = container.streams.best("video")
-            cover = av.stream.Disposition.attached_pic  # a picture in an audio file
-            if not stream or not stream.codec_context or stream.disposition & cover:
+            if not stream or not stream.codec_context:
                 raise VideoError(f"{path}: no video stream of a known codec")
+            if stream.disposition & av.stream.Disposition.attached_pic:
+                raise VideoError(f"{path}: no video stream but a cover picture")
             # Many videos are decoded at once, each by one thread.
             stream.codec_context.thread_count = 1
             timed_formats = ("mov", "matroska", "mpegts", "flv")
@@ -463,8 +470,9 @@ def decode(path, start=None):
                 yield time, frame
 
 def frame_times(path):
-    """-> the sorted times of the frames, and the end of the last, in ticks; the seconds
-    per tick; whether times are exact. Files that store all times are not decoded."""
+    """-> times, end, tick, is_timed: the sorted times of the frames and the end of the last
+    one in ticks, the seconds per tick, and whether the file stores exact times. Such files
+    need not be decoded."""
     with open_video(path) as (container, stream, is_timed):
         tick = stream.time_base if is_timed else 1 / (stream.average_rate or 25)
         frames = [(packet.pts, packet.duration) for packet in container.demux(stream)
@@ -478,7 +486,7 @@ def frame_times(path):
     times = np.array([time for time, _ in frames])
     duration = frames[-1][1]
     if not duration:
-        # The mean distance of frames, and at least a tick.
+        # The mean gap between frames, at least one tick.
         duration = max(1, (times[-1] - times[0]) // max(1, len(times) - 1))
     return times, times[-1] + duration, float(tick), is_timed
 
@@ -502,10 +510,12 @@ def frames_at(path, timing, wanted, size):
     scaler = VideoReformatter()
     shown, pixels = None, []
     frames = decode(path, seek_time(path, timing, int(wanted[0])))
+    # At the end, all that are still missing show the last frame.
     for time, frame in itertools.chain(frames, [(math.inf, None)]):
-        # Until this frame appears, or the video ends, the one before it is on screen.
-        while shown and len(pixels) < len(wanted) and wanted[len(pixels)] < time:
-            pixels.append(upright_pixels(shown, size, scaler))
+        # Until this frame appears, the one before it is on screen.
+        count = np.searchsorted(wanted, time) - len(pixels)
+        if shown and count > 0:
+            pixels += [upright_pixels(shown, size, scaler)] * count
         if len(pixels) == len(wanted):
             break
         shown = frame
@@ -513,18 +523,18 @@ def frames_at(path, timing, wanted, size):
         raise VideoError(f"{path}: no frame can be decoded")
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
 
-def seek_time(path, timing, wanted):
-    """The time to seek to in order to see the frame at `wanted`; None is the beginning."""
+def seek_time(path, timing, first):
+    """Where to seek for the frame at time `first`; None is the beginning."""
     times, _, tick, is_timed = timing
     if not is_timed:
         return None
     # In MPEG-TS a seek may arrive too late; then a time 10 seconds earlier is tried.
-    for start in (wanted, wanted - round(10 / tick)):
+    for start in (first, first - round(10 / tick)):
         if start <= times[0]:
             return None
         # One frame shows whether this seek arrives at a keyframe that is early enough.
         time, frame = next(decode(path, start), (None, None))
-        if frame and frame.key_frame and time <= wanted:
+        if frame and frame.key_frame and time <= first:
             return start
     return None
 
@@ -537,13 +547,17 @@ def upright_pixels(frame, size, scaler):
     if matrix is None:
         return pixels
 
-    # Three rows of three numbers; the first two of the first two rows map x to a x + c y,
-    # and y to b x + d y. A negative sign mirrors an axis.
+    # The 3 x 3 matrix moves a pixel from (x, y) to (a x + c y, b x + d y).
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5]
-    if abs(a) >= abs(b):
-        return pixels[::np.sign(d), ::np.sign(a)]
-    # x and y change places.
-    return pixels.swapaxes(0, 1)[::np.sign(b), ::np.sign(c)]
+    x_sign, y_sign = a, d
+    if abs(b) > abs(a):  # x and y change places
+        pixels = pixels.swapaxes(0, 1)
+        x_sign, y_sign = c, b
+    if x_sign < 0:
+        pixels = pixels[:, ::-1]
+    if y_sign < 0:
+        pixels = pixels[::-1]
+    return pixels
 
 def sample_frames(path, num_frames, size, start=0.0, end=None):
     """TSN-style sampling of a video, or of its part from `start` to `end` in seconds: the
@@ -579,13 +593,12 @@ def retrieval_metrics(sim, target):
     return metrics
 
 def video_to_text(sim, target):
-    """sim (A, B), target (A,) -> sim (G, G) of the G videos that have captions with their
-    G groups of captions; true pairs are on the diagonal. A group scores as its best
-    caption, as usual since CLIP4Clip."""
+    """sim (A, B), target (A,) -> sim (G, G): each video (row) with the captions of each
+    video (column), of which the best counts, as usual since CLIP4Clip. The true pairs are on
+    the diagonal. Videos without captions are left out."""
     videos = target.unique()  # (G,)
-    # One column for each group: its similarity to each of the videos.
-    columns = [sim[target == video].amax(dim=0)[videos] for video in videos]
-    return torch.stack(columns, dim=1)  # (G, G)
+    columns = [sim[target == video].amax(dim=0)[videos] for video in videos]  # of (G,)
+    return torch.stack(columns, dim=1)
 
 def reciprocal_rank_fusion(sim_F, sim_V, k=60):
     """Similarities (A, B) twice -> the sum of 1 / (k + rank), (A, B) (section 6)."""

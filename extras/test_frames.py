@@ -54,6 +54,12 @@ def test_sample_frames_turns_and_mirrors_the_frames_as_the_file_says(tmp_path, m
     brightness = frame.view(2, 32, 2, 32).mean((1, 3))
     assert divmod(brightness.argmax().item(), 2) == quarter
 
+def test_a_display_matrix_of_zeros_turns_nothing(tmp_path):
+    path = write_clip(tmp_path / "a.mp4", 3)
+    upright = sample_frames(path, 1, 64)
+    set_display_matrix(path, 0, 0, 0, 0)
+    assert torch.equal(sample_frames(path, 1, 64), upright)
+
 @pytest.mark.parametrize("size", [(98, 34), (33, 65), (176, 144), (2, 2)])
 def test_sample_frames_takes_odd_sizes_without_keeping_the_aspect_ratio(tmp_path, size):
     codec = "libx264" if size[0] % 2 == 0 else "ffv1"

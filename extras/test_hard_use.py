@@ -246,3 +246,11 @@ def test_resume_with_the_same_data_keeps_their_folder(data, monkeypatch):
     (data / "elsewhere").mkdir()
     run_until(monkeypatch, [*FLAGS, "--root", "elsewhere", "--out", "a"], "training_step", 1)
     assert train.parse_settings(["--resume", "a", "--data", "clips.jsonl"]).root == "elsewhere"
+
+def test_a_flag_may_have_the_word_true_in_its_value(data):
+    assert train.parse_settings([*FLAGS, "--root", "My True Crime"]).root == "My True Crime"
+
+def test_a_fixed_scale_is_not_clamped_with_infonce(data):
+    train.main([*FLAGS, "--loss", "infonce", "--no-learn-scale", "--logit-scale", "4.77",
+                "--epochs", "1", "--out", "a"])
+    assert VideoColBERT.load("a").logit_scale.item() == pytest.approx(4.77)
