@@ -62,7 +62,7 @@ class Settings(Config):
     lr: float = 1e-4  # learning rate of everything new (Table 9)
     weight_decay: float = 0.01  # AdamW's; none for biases and norms (Table 9)
     warmup: float = 0.1  # share of the steps in which the rate rises (Table 9)
-    max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0 turns it off (Table 9)
+    max_grad_norm: float = 1.0  # clips gradients to this norm; 0: no clipping (Table 9)
     seed: int = 0  # of the weights and of the order of the clips
     device: str = "auto"  # auto (cuda, mps or cpu), or any device that torch knows
     workers: int = 4  # threads that read batches ahead
@@ -406,7 +406,7 @@ def positive_pairs(clips, batch):
 def make_optimizer(model, s):
     """AdamW, in groups of pre-trained parameters, new ones, and the loss's scale and bias.
     Biases and norms, which have one dimension, do not decay."""
-    # If trained from scratch, the loss's scale and bias start far from their final values.
+    # Trained from scratch, the loss's scale and bias start far from their final values.
     loss_lr = 10 * s.lr if s.backbone == "tiny" else s.lr_pretrained
     peak_lr = dict(pretrained=s.lr_pretrained, new=s.lr, scale=loss_lr)
     groups = {}
@@ -559,7 +559,7 @@ def autocast(device, precision="auto"):
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 def make_scaler(device, precision):
-    """Scales the loss up in fp16, which loses small gradients; does nothing otherwise."""
+    """Scales the loss up in fp16, which loses small gradients; otherwise does nothing."""
     is_fp16 = pick_dtype(device, precision) == torch.float16
     return torch.amp.GradScaler(device.type, growth_interval=200, enabled=is_fp16)
 
@@ -679,7 +679,7 @@ def load_checkpoint(out):
         raise InputError(f"all checkpoints in {out} are damaged: start a new run")
 
 def restore(out, state, data_id):
-    """Load the last checkpoint -> its step, and the log's length; 0, 0 if there is none."""
+    """Load the last checkpoint -> its step and the log's length, or 0, 0 without one."""
     content = load_checkpoint(out)
     if content is None:
         return 0, 0
@@ -871,7 +871,7 @@ def read_log(out):
         return []
 
 def best_epoch(out):
-    """The line of the epoch with the best R@1 on the test set; None without --eval-every."""
+    """The log's line with the best R@1 on the test set; None without --eval-every."""
     tests = [line for line in read_log(out) if line.get("split") == "test"]
     return max(tests, key=lambda line: line["R@1"], default=None)
 
