@@ -50,12 +50,12 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 @dataclass
 class Settings(Config):
     data: str = "shapes"  # shapes (using a small preset), msrvtt or FILE.jsonl
-    root: str = ""  # folder of the dataset; default data/NAME
+    root: str = ""  # folder of shapes or msrvtt; default data/NAME
     out: str = ""  # folder of the run, must be new; default runs/NAME
     cache: str = "data/cache"  # folder of decoded frames, safe to delete
     epochs: int = 5  # passes over all captions (DRL's)
     batch_size: int = 128  # examples in a batch, over all processes (DRL's)
-    captions_per_video: int = 1  # in one example, for one encoding of its video
+    captions_per_video: int = 1  # captions that share one encoding of their video
     micro_batch: int = 0  # videos encoded at a time, to save memory; 0 is all
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: fp32 on a CPU
     lr_pretrained: float = 1e-7  # learning rate of the pre-trained encoders (Table 9)
@@ -73,7 +73,7 @@ class Settings(Config):
     eval_only: str = ""  # evaluate the model of this run, on --data if it is given
     allow_missing: bool = False  # leave out clips that cannot be read
 
-# What may be given beside --resume. The data may have moved, but not changed.
+# Settings in which two commands of one run may differ. Data may move, but not change.
 MAY_CHANGE = {"data", "root", "out", "cache", "device", "micro_batch", "workers",
               "checkpoint_every", "eval_every", "resume", "allow_missing"}
 
@@ -113,6 +113,7 @@ def parse_settings(argv):
             default = replace(saved, root="")  # other data have another folder
     else:
         default = default_settings(typed.data, typed.backbone, typed.loss)
+    # tyro's own message says nothing of --no-freeze.
     values = [arg.split("=")[-1] for arg in argv]
     if "True" in values or "False" in values:
         raise InputError("do not write True or False, but --freeze or --no-freeze")
@@ -123,7 +124,7 @@ def parse_settings(argv):
 
     # An evaluation keeps the model of its run, a resumed run keeps nearly all.
     kept = fields(Settings) if s.resume else fields(Config)
-    fixed = {field.name for field in kept} - MAY_CHANGE
+    fixed = {field.name for field in kept} - MAY_CHANGE  # all of Config's
     for name in fixed:
         if getattr(s, name) != getattr(saved, name):
             raise InputError(f"cannot change {name} of {folder}: {getattr(saved, name)}")
@@ -131,11 +132,12 @@ def parse_settings(argv):
 
 def check_settings(s):
     """Raise InputError for numbers that make no sense, NaN and infinity among them."""
-    lowest = dict(logit_scale=-100, logit_bias=-1e6, batch_size=1, workers=1,
-                  captions_per_video=1, checkpoint_every=1)
+    minimum = dict(logit_scale=-100, logit_bias=-1e6, batch_size=1, workers=1,
+                   captions_per_video=1, checkpoint_every=1)  # of others 0
     for name, value in asdict(s).items():
         is_number = isinstance(value, (int, float))
-        if is_number and not lowest.get(name, 0) <= value < 2 ** 63:
+        # torch takes seeds below 2 ** 63.
+        if is_number and not minimum.get(name, 0) <= value < 2 ** 63:
             raise InputError(f"--{name.replace('_', '-')} cannot be {value}")
     if s.warmup > 1:
         raise InputError(f"--warmup is a share of the steps, 0 to 1, not {s.warmup}")
@@ -148,9 +150,9 @@ def read_settings(run):
     """The settings of a run. Those that are missing, in older runs, get the default."""
     with user_errors(f"{run}/settings.json"):
         settings = json.loads(Path(run, "settings.json").read_text())
-        # --out and --resume were of that one command.
-        return replace(Settings(**settings), out="", resume="")
+        return replace(Settings(**settings), out="")  # --out was of that one command
 
+# What reading malformed JSON, CSV or settings raises.
 BAD_DATA = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 @contextlib.contextmanager
@@ -325,7 +327,7 @@ def fill_cache(clips, split, s, size):
     """Decode what the cache lacks -> the clips of a split that can be read."""
     mine = rank_slice(clips)
     check = partial(is_readable, s=s, size=size)
-    threads = max(s.workers, torch.get_num_threads())
+    threads = max(s.workers, torch.get_num_threads())  # all cores: nothing trains yet
     results = prefetch(check, mine, threads)
     bar = tqdm(results, desc=split, total=len(mine), disable=RANK > 0)
     found = gather_lists(list(bar))
@@ -392,14 +394,12 @@ def load_batch(batch, clips, s, model):
 def positive_pairs(clips, batch):
     """Which captions of a batch describe which of its videos -> bool (A, B): equal texts
     describe each other's videos."""
+    captions = [(v, clips[v].captions[c]) for v, chosen in batch for c in chosen]
+    described = {}  # the videos that each text describes
+    for v, text in captions:
+        described.setdefault(text, []).append(v)
     videos = np.array([v for v, _ in batch])  # (B,)
-    texts, described = [], {}  # the captions; the videos that each of them describes
-    for v, chosen in batch:
-        for c in chosen:
-            text = clips[v].captions[c]
-            texts.append(text)
-            described.setdefault(text, []).append(v)
-    rows = [np.isin(videos, described[text]) for text in texts]  # A rows (B,)
+    rows = [np.isin(videos, described[text]) for _, text in captions]  # A rows (B,)
     return torch.from_numpy(np.stack(rows))
 
 # ---- Optimizer (section 5.2, Table 9)
@@ -459,7 +459,7 @@ def gather_rows(x):
     return torch.cat(parts)
 
 def sum_gradients(model):
-    """The gradient of the whole batch's loss is the sum over all processes' rows."""
+    """Add up each gradient over the processes: each has that of its own rows."""
     named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     for name, gradient in named.items():
         if name.startswith("logit_"):
@@ -486,7 +486,7 @@ def training_step(model, optimizer, scaler, s, ids, mask, frames, positives):
     scaler.unscale_(optimizer)
     max_norm = s.max_grad_norm or math.inf
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    # For the log; get_scale() would wait for the GPU.
+    # 1 times fp16's scale, for the log; get_scale() would wait for the GPU.
     scale = scaler.scale(torch.ones_like(norm))
     scaler.step(optimizer)  # skipped in fp16 if a gradient overflows
     scaler.update()
@@ -618,7 +618,7 @@ def train(model, data, s, device, out, data_id):
         if RANK == 0:
             note = f"stopped after {bar.n} steps; continue with --resume {out}"
             print(note, file=sys.stderr)
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt  # run_main makes it exit code 130
     handle_signals(signal.default_int_handler)
 
 def log_evaluations(log, epoch, model, data, s, device):
@@ -632,12 +632,12 @@ def log_evaluations(log, epoch, model, data, s, device):
 def write_log(log, bar, unread):
     """Log the steps since the last call. Raises FloatingPointError if one has failed."""
     for line, numbers in unread:
-        loss, mms_f, mms_v, norm, scale = numbers.tolist()
+        loss, mms_f, mms_v, norm, loss_scale = numbers.tolist()
         line.update(loss=loss, MMS_F=mms_f, MMS_V=mms_v, grad_norm=norm)
         # A gradient that overflows in fp16 is no failure: the scaler skips the step, and
         # halves the scale for the next one. Without fp16 the scale is 1.
-        if scale > 1 and not math.isfinite(norm):
-            line.update(grad_norm=None, loss_scale=scale)
+        if loss_scale > 1 and not math.isfinite(norm):
+            line.update(grad_norm=None, loss_scale=loss_scale)
         elif not math.isfinite(loss + norm):
             step = line["step"]
             raise FloatingPointError(f"loss {loss}, gradient norm {norm} in step {step}")
@@ -706,13 +706,13 @@ def atomic_write(path):
 # ---- Evaluation (section 5.3, Table 3)
 EVAL_BATCH = 32  # videos or queries at a time
 
-@torch.compiler.set_stance("force_eager")  # otherwise its shapes would be compiled too
+@torch.compiler.set_stance("force_eager")  # --compile is for the shapes of training only
 @torch.no_grad()
 def evaluate(model, clips, s, device):
     """Every caption against every clip -> MMS_F (A, B), MMS_V (A, B), target (A,)."""
     model.eval()
-    count = s.micro_batch or EVAL_BATCH
-    parts = [clips[i:i + count] for i in range(0, len(clips), count)]
+    size = min(s.micro_batch or EVAL_BATCH, EVAL_BATCH)
+    parts = [clips[i:i + size] for i in range(0, len(clips), size)]
     load = partial(load_frames, s=s, size=model.image_size)
     F, V = [], []
     for frames in tqdm(prefetch(load, parts, s.workers), "evaluating", len(parts)):
@@ -725,8 +725,8 @@ def evaluate(model, clips, s, device):
     # A few queries at a time, because each token is compared with each frame.
     captions = [caption for clip in clips for caption in clip.captions]
     sim_F, sim_V = [], []
-    for i in range(0, len(captions), count):
-        ids, mask = model.tokenize(captions[i:i + count])
+    for i in range(0, len(captions), size):
+        ids, mask = model.tokenize(captions[i:i + size])
         ids, mask = ids.to(device), mask.to(device)
         with autocast(device, s.precision):
             Q = model.encode_query(ids, mask)
@@ -741,9 +741,9 @@ def result_rows(sim_F, sim_V, target, interaction="mms"):
     """Metrics of Table 3's scores, text to video and video to text -> a list of dicts."""
     sims = [sim_F, sim_V, mms_fv(sim_F, sim_V)]
     to_text = [video_to_text(sim, target) for sim in sims]
-    own_captions = torch.arange(len(to_text[0]))
+    diagonal = torch.arange(len(to_text[0]))  # the true pairs
     return (score_rows("text to video", sims, target, interaction)
-            + score_rows("video to text", to_text, own_captions, interaction))
+            + score_rows("video to text", to_text, diagonal, interaction))
 
 def score_rows(direction, sims, target, interaction):
     name = interaction.upper()
@@ -835,7 +835,7 @@ def run(s, device):
 def train_and_evaluate(model, data, s, device, out, data_id):
     """-> what `evaluate` returns of the test clips, in the first process."""
     try:
-        videos = s.micro_batch or s.batch_size // WORLD
+        at_once = s.micro_batch or s.batch_size // WORLD  # for the error below
         model.to(device)
         if s.compile:
             # In place, so that the parameters keep their names.
@@ -845,11 +845,11 @@ def train_and_evaluate(model, data, s, device, out, data_id):
         if "train" in data:
             train(model, data, s, device, out, data_id)
         if RANK == 0:
-            videos = s.micro_batch or EVAL_BATCH
+            at_once = min(s.micro_batch or EVAL_BATCH, EVAL_BATCH)
             return evaluate(model, data["test"], s, device)
     except torch.OutOfMemoryError:
-        raise InputError(f"{videos} videos at a time are too many for {device}: use "
-                         f"--resume {out} --micro-batch {max(1, videos // 2)}") from None
+        raise InputError(f"{at_once} videos at a time are too many for {device}: use "
+                         f"--resume {out} --micro-batch {max(1, at_once // 2)}") from None
 
 def run_folder(s):
     """The folder of a new run, which must be empty, or of the one to resume."""

@@ -14,7 +14,6 @@ width of the joint embedding. Section, equation and table numbers are the paper'
 import contextlib
 import copy
 import difflib
-import itertools
 import json
 import math
 import zipfile
@@ -48,7 +47,7 @@ class Config:
     # An open_clip tag, a file or none; auto is OpenAI's CLIP or WebLI's SigLIP (5.2).
     pretrained: str | None = "auto"
     num_frames: int = 12  # frames per video (section 5.2, Table 7)
-    num_tokens: int = 32  # tokens per query (5.2); SigLIP always uses 64
+    num_tokens: int = 32  # tokens per query (5.2); SigLIP uses all it has, 64
     pad_token: int = 0  # pads CLIP's queries; 0 is "!" (Table 12)
     query_augmentation: bool = True  # pads take part in MeanMaxSim (4.2, Table 5)
     temporal_layers: int = 4  # of the temporal transformer (5.2, Table 8)
@@ -73,9 +72,9 @@ def token_frame_similarities(Q, V):
 def mean_max_sim(Q, V, mask=None):
     """Equations 3 and 4: the mean over query tokens of their best similarity to a frame.
 
-    Q (A, M, d), V (B, N, d), which is F for equation 3, and a bool mask (A, M) of the tokens
-    that count, if not all -> (A, B). Unit vectors give a mean of cosines; nothing is
-    normalized here. It holds A * M * B * N numbers in memory, so split large inputs."""
+    Q (A, M, d), V (B, N, d), the paper's F or V, and a bool mask (A, M) of the tokens that
+    count, if not all -> (A, B). Unit vectors give a mean of cosines; nothing is normalized
+    here. It holds A * M * B * N numbers in memory, so split large inputs."""
     sim = token_frame_similarities(Q, V)  # (A, M, B, N)
     best = sim.amax(dim=-1)  # (A, M, B), over frames
     if mask is None:
@@ -139,7 +138,7 @@ def load_backbone(name, pretrained):
         if pretrained not in ("auto", "none", None):
             raise InputError("the tiny backbone has no pretrained weights")
         model = open_clip.CustomTextCLIP(**TINY)
-        # Larger, or else patch embeddings swamp them.
+        # Otherwise patch embeddings swamp the positions.
         model.visual.positional_embedding.data *= 4
         return model, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 
@@ -149,24 +148,21 @@ def load_backbone(name, pretrained):
     default = "webli" if "webli" in tags else "openai"
     if pretrained == "auto":
         pretrained = default
-    is_tag = pretrained in tags
-
-    # A file, or no weights, gets the mean and std of the default weights.
-    tag = pretrained if is_tag else default
-    info = open_clip.get_pretrained_cfg(name, tag)
+    is_tag = pretrained in tags  # otherwise it is a file or none: default mean and std
+    info = open_clip.get_pretrained_cfg(name, pretrained if is_tag else default)
     mean = info.get("mean", open_clip.OPENAI_DATASET_MEAN)
     std = info.get("std", open_clip.OPENAI_DATASET_STD)
     if pretrained in (None, "none"):
         return model, mean, std
     if is_tag and info.get("quick_gelu", False) != config.get("quick_gelu", False):
-        raise InputError(f"weights {tag!r} and backbone {name!r} differ in QuickGELU, "
+        raise InputError(f"weights {pretrained!r} and backbone {name!r} differ in QuickGELU, "
                          "which costs accuracy; use the name with -quickgelu")
 
     try:
         file = open_clip.download_pretrained(info) if is_tag else pretrained
         load_weights(model, file)
     except Exception as error:
-        # The network, the hub and the file can fail in many ways, not all with a clear text.
+        # The network, the hub and the file can fail in many ways; some texts are unclear.
         is_clear = isinstance(error, (OSError, ValueError))
         reason = shorten(str(error), 150) if is_clear else "not a whole file of weights"
         raise InputError(
@@ -180,17 +176,21 @@ def backbone_config(name):
     if config is None:
         similar = difflib.get_close_matches(name, ["tiny", *open_clip.list_models()])
         raise InputError(f"unknown backbone {name!r}; similar names: {', '.join(similar)}")
+    text = config["text_cfg"]
     is_resnet = isinstance(config["vision_cfg"].get("layers"), list)
     is_coca = "multimodal_cfg" in config
     # The temporal layers are text layers, so these must be as wide as the embedding.
-    same_width = config["text_cfg"].get("width") == config["embed_dim"]
-    if is_resnet or is_coca or not same_width:
+    same_width = text.get("width") == config["embed_dim"]
+    has_projection = text.get("proj_type") != "none"
+    other_tokenizer = "SigLIP" not in text.get("hf_tokenizer_name", "SigLIP")
+    if is_resnet or is_coca or other_tokenizer or not (same_width and has_projection):
         raise InputError(f"backbone {name!r} is not supported: not built like CLIP")
     config.pop("custom_text", None)  # CustomTextCLIP takes no such argument
     return config
 
 # What open_clip's checkpoints may hold beside tensors: NumPy numbers, such as the epoch.
-# torch's safe loader accepts only what is listed. In NumPy 1 `scalar` had another name.
+# torch's safe loader accepts only what is listed; a pair is an object, and its name in files
+# that were written under NumPy 1.
 scalar = np._core.multiarray.scalar
 NUMPY_NUMBERS = [scalar, (scalar, "numpy.core.multiarray.scalar"),
                  np.dtype, np.dtypes.Int64DType, np.dtypes.Float64DType]
@@ -266,6 +266,9 @@ class VideoColBERT(nn.Module):
         self.config = config
         self.backbone, mean, std = load_backbone(config.backbone, config.pretrained)
         text = self.backbone.text
+        # SigLIP pools its last token, and pads its queries to their full length.
+        self.is_siglip = text.pool_type == "last"
+        self.num_tokens = text.context_length if self.is_siglip else config.num_tokens
         self.check_config(text.context_length, text.token_embedding.num_embeddings)
 
         for name, parameter in self.backbone.named_parameters():
@@ -279,9 +282,6 @@ class VideoColBERT(nn.Module):
         self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1))
         self.image_size = self.backbone.visual.image_size[0]
         self.width = text.output_dim
-        # SigLIP pools its last token, and pads its queries to their full length.
-        self.is_siglip = text.pool_type == "last"
-        self.num_tokens = text.context_length if self.is_siglip else config.num_tokens
         self.temporal = TemporalTransformer(config, text)
         is_learned = config.learn_scale
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale), is_learned)
@@ -295,10 +295,11 @@ class VideoColBERT(nn.Module):
             if value not in allowed:
                 raise InputError(f"{name} must be {' or '.join(allowed)}, not {value}")
 
+        if not 3 <= self.num_tokens <= context_length:
+            raise InputError(f"num_tokens must be 3 to {context_length}")
         # Frame positions are copied from the text's, so there are no more frames than those.
-        ranges = dict(num_tokens=(3, context_length), num_frames=(1, context_length),
-                      pad_token=(0, vocabulary - 1), temporal_layers=(1, 1000),
-                      visual_expansion=(0, 1000))
+        ranges = dict(num_frames=(1, context_length), pad_token=(0, vocabulary - 1),
+                      temporal_layers=(1, 1000), visual_expansion=(0, 1000))
         for name, (low, high) in ranges.items():
             value = getattr(self.config, name)
             if not low <= value <= high:
@@ -319,7 +320,7 @@ class VideoColBERT(nn.Module):
     def real_tokens(self, ids):
         """ids (A, M) -> bool (A, M): True for start, words and end, False for pads."""
         if self.is_siglip:
-            end = self.tokenizer.tokenizer.eos_token_id  # of transformers
+            end = self.tokenizer.tokenizer.eos_token_id  # transformers' own
         else:
             end = self.tokenizer.eot_token_id
         # The first end token: argmax finds the first of equal values.
@@ -460,7 +461,8 @@ def open_video(path):
         raise VideoError(f"{path}: {error.strerror or error}") from None
 
 def decode(path, start=None):
-    """Yield (time in ticks, frame), starting at a keyframe before `start` if given."""
+    """Yield (time, frame), from a keyframe before time `start` on if it is given. Times are in
+    ticks of the file, or the frames' numbers if it is not timed."""
     with open_video(path) as (container, stream, is_timed):
         if start is not None:
             container.seek(start, stream=stream)
@@ -471,8 +473,8 @@ def decode(path, start=None):
 
 def frame_times(path):
     """-> times, end, tick, is_timed: the sorted times of the frames and the end of the last
-    one in ticks, the seconds per tick, and whether the file stores exact times. Such files
-    need not be decoded."""
+    one in ticks, the seconds per tick, and whether the file stores exact times, and so need
+    not be decoded."""
     with open_video(path) as (container, stream, is_timed):
         tick = stream.time_base if is_timed else 1 / (stream.average_rate or 25)
         frames = [(packet.pts, packet.duration) for packet in container.demux(stream)
@@ -508,19 +510,20 @@ def sample_times(path, timing, num_frames, start=0.0, end=None):
 def frames_at(path, timing, wanted, size):
     """The frames on screen at the sorted times `wanted` -> uint8 (N, 3, size, size)."""
     scaler = VideoReformatter()
-    shown, pixels = None, []
     frames = decode(path, seek_time(path, timing, int(wanted[0])))
-    # At the end, all that are still missing show the last frame.
-    for time, frame in itertools.chain(frames, [(math.inf, None)]):
-        # Until this frame appears, the one before it is on screen.
-        count = np.searchsorted(wanted, time) - len(pixels)
-        if shown and count > 0:
-            pixels += [upright_pixels(shown, size, scaler)] * count
-        if len(pixels) == len(wanted):
-            break
-        shown = frame
-    if not pixels:
+    the_end = (math.inf, None)
+    _, shown = next(frames, the_end)
+    if shown is None:
         raise VideoError(f"{path}: no frame can be decoded")
+
+    next_time, next_frame = next(frames, the_end)
+    pixels = []
+    for moment in wanted:
+        # A frame stays on screen until the next one appears.
+        while next_time <= moment:
+            shown = next_frame
+            next_time, next_frame = next(frames, the_end)
+        pixels.append(upright_pixels(shown, size, scaler))
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
 
 def seek_time(path, timing, first):
@@ -532,7 +535,7 @@ def seek_time(path, timing, first):
     for start in (first, first - round(10 / tick)):
         if start <= times[0]:
             return None
-        # One frame shows whether this seek arrives at a keyframe that is early enough.
+        # Decode one frame, to see whether this is a keyframe, and early enough.
         time, frame = next(decode(path, start), (None, None))
         if frame and frame.key_frame and time <= first:
             return start
@@ -550,7 +553,8 @@ def upright_pixels(frame, size, scaler):
     # The 3 x 3 matrix moves a pixel from (x, y) to (a x + c y, b x + d y).
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5]
     x_sign, y_sign = a, d
-    if abs(b) > abs(a):  # x and y change places
+    # If x and y change places, it is (c y, b x).
+    if abs(b) > abs(a):
         pixels = pixels.swapaxes(0, 1)
         x_sign, y_sign = c, b
     if x_sign < 0:
@@ -597,8 +601,8 @@ def video_to_text(sim, target):
     video (column), of which the best counts, as usual since CLIP4Clip. The true pairs are on
     the diagonal. Videos without captions are left out."""
     videos = target.unique()  # (G,)
-    columns = [sim[target == video].amax(dim=0)[videos] for video in videos]  # of (G,)
-    return torch.stack(columns, dim=1)
+    best = torch.stack([sim[target == video].amax(dim=0) for video in videos])  # (G, B)
+    return best[:, videos].T
 
 def reciprocal_rank_fusion(sim_F, sim_V, k=60):
     """Similarities (A, B) twice -> the sum of 1 / (k + rank), (A, B) (section 6)."""
