@@ -25,7 +25,7 @@ import zipfile
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -75,7 +75,7 @@ class Settings(Config):
 
 # Settings in which two commands of one run may differ. Data may move, but not change.
 MAY_CHANGE = {"data", "root", "out", "cache", "device", "micro_batch", "workers",
-              "checkpoint_every", "eval_every", "resume", "allow_missing"}
+              "checkpoint_every", "eval_every", "resume", "eval_only", "allow_missing"}
 
 def default_settings(data="", backbone="", loss=""):
     """The paper's settings, and what differs for these data, backbone and loss."""
@@ -119,16 +119,15 @@ def parse_settings(argv):
         raise InputError("do not write True or False, but --freeze or --no-freeze")
     s = tyro.cli(Settings, args=argv, default=default, description=__doc__.splitlines()[0])
     check_settings(s)
-    if not folder:
-        return s
-
-    # An evaluation keeps the model of its run, a resumed run keeps nearly all.
-    kept = fields(Settings) if s.resume else fields(Config)
-    fixed = {field.name for field in kept} - MAY_CHANGE  # all of Config's
-    for name in fixed:
-        if getattr(s, name) != getattr(saved, name):
-            raise InputError(f"cannot change {name} of {folder}: {getattr(saved, name)}")
+    if folder:
+        refuse_changes(s, asdict(saved), folder)
     return s
+
+def refuse_changes(s, saved, folder):
+    """Raise InputError if settings differ from those saved of a run, a dictionary."""
+    for name in saved.keys() - MAY_CHANGE:
+        if getattr(s, name) != saved[name]:
+            raise InputError(f"cannot change {name} of {folder}: {saved[name]}")
 
 def check_settings(s):
     """Raise InputError for numbers that make no sense, NaN and infinity among them."""
@@ -191,7 +190,7 @@ def load_clips(s):
     root = s.root or f"data/{s.data}"
     if s.data == "shapes":
         from extras.shapes import write_shapes
-        with user_errors(root, OSError):
+        with user_errors(root):
             write_shapes(root)  # does nothing if they are there
         records = json_records(f"{root}/clips.jsonl")
     elif s.data == "msrvtt":
@@ -214,6 +213,9 @@ def load_clips(s):
                 raise ValueError("expected each clip only once")
             seen.add(key)
             data[split].append(clip)
+    shared = [key for key in seen if key[0] == "test" and ("train", *key[1:]) in seen]
+    if shared and RANK == 0:
+        print(f"{len(shared)} test clips are training clips, too")
     return data
 
 def json_records(path):
@@ -243,7 +245,8 @@ def msrvtt_records(root):
     annotation = find_files(root, "MSRVTT_data.json")
     train_rows = find_files(root, "MSRVTT_train.9k.csv")
     test_rows = find_files(root, "MSRVTT_JSFUSION_test.csv")
-    videos = {Path(path).stem: path for path in find_files(root, "*.mp4")}
+    # If a video is there twice, the first path counts.
+    videos = {Path(path).stem: path for path in reversed(find_files(root, "*.mp4"))}
     if not (annotation and train_rows and test_rows and videos):
         raise InputError(f"no MSR-VTT in {root}: use --root FOLDER{MSRVTT_HELP}")
 
@@ -574,10 +577,11 @@ def train(model, data, s, device, out, data_id):
     optimizer = make_optimizer(model, s)
     scaler = make_scaler(device, s.precision)
     state = dict(model=model, optimizer=optimizer, scaler=scaler)
-    first, log_end = restore(out, state, data_id)
+    first, log_end = restore(out, state, data_id, s)
     log = open(os.devnull if RANK else out / "log.jsonl", "a")
     if RANK == 0:
-        log.truncate(log_end)  # without the steps after the checkpoint
+        # Without the steps after the checkpoint. After a power cut it may be shorter.
+        log.truncate(min(log_end, log.tell()))
 
     # A signal only asks to stop, so that no step is cut short.
     stop = threading.Event()
@@ -609,7 +613,7 @@ def train(model, data, s, device, out, data_id):
             if ends_epoch and RANK == 0:
                 log_evaluations(log, epoch, model, data, s, device)
             if saves and RANK == 0:
-                save_checkpoint(out, step + 1, log.tell(), state, data_id)
+                save_checkpoint(out, step + 1, log.tell(), state, data_id, s)
             if stops:
                 break
 
@@ -650,24 +654,29 @@ def write_line(log, record):
         log.flush()
 
 # ---- Checkpoints
-def save_checkpoint(out, step, log_end, state, data_id):
+def checkpoint_paths(out):
+    """Sorted by step. Other files in the folder are not touched."""
+    return sorted(Path(out, "checkpoints").glob(f"step-{8 * '[0-9]'}.pt"))
+
+def save_checkpoint(out, step, log_end, state, data_id, s):
     """Write out/checkpoints/step-N.pt after N steps, and keep the one before it."""
     content = {name: part.state_dict() for name, part in state.items()}
-    content |= dict(step=step, log_end=log_end, data=data_id, rng=torch.get_rng_state())
+    content |= dict(step=step, log_end=log_end, data=data_id, settings=asdict(s),
+                    rng=torch.get_rng_state())
     path = out / "checkpoints" / f"step-{step:08d}.pt"
     # In memory first, because torch.save's error for a full disk is unclear.
     buffer = io.BytesIO()
     torch.save(content, buffer)
     with atomic_write(path) as file:
         file.write(buffer.getbuffer())
-    older = [other for other in sorted(path.parent.glob("*.pt")) if other < path]
+    older = [other for other in checkpoint_paths(out) if other < path]
     for other in older[:-1]:
         other.unlink()
 
 def load_checkpoint(out):
     """The last checkpoint that is not damaged, or None if there is none."""
-    paths = sorted(Path(out, "checkpoints").glob("*.pt"), reverse=True)
-    for path in paths:
+    paths = checkpoint_paths(out)
+    for path in reversed(paths):
         try:
             # It is a zip file, which has a checksum of each tensor.
             if zipfile.ZipFile(path).testzip() is None:
@@ -678,13 +687,16 @@ def load_checkpoint(out):
     if paths:
         raise InputError(f"all checkpoints in {out} are damaged: start a new run")
 
-def restore(out, state, data_id):
+def restore(out, state, data_id, s):
     """Load the last checkpoint -> its step and the log's length, or 0, 0 without one."""
     content = load_checkpoint(out)
     if content is None:
+        if (out / "model.safetensors").exists():
+            raise InputError(f"{out} holds a model, but its log is damaged: start a new run")
         return 0, 0
     if content["data"] != data_id:
         raise InputError(f"{out} was started with other clips or captions")
+    refuse_changes(s, content["settings"], out)  # settings.json may have been edited
     for name, part in state.items():
         if content[name]:  # without fp16, the scaler's state is empty
             part.load_state_dict(content[name])
@@ -794,9 +806,10 @@ def run(s, device):
         return out
 
     torch.manual_seed(s.seed)
-    model = VideoColBERT.load(s.eval_only) if s.eval_only else VideoColBERT(s)
+    model = make_model(s, out)
     readable = {split: fill_cache(data[split], split, s, model.image_size)
                 for split in splits}
+    used = data_hash(readable)
     if trains:
         examples = len(epoch_examples(readable["train"], s, 0))
         if examples < s.batch_size:
@@ -814,7 +827,7 @@ def run(s, device):
             with atomic_write(out / "settings.json") as file:
                 file.write(json.dumps(asdict(s), indent=2).encode())
         sims = train_and_evaluate(model, readable, s, device, out, data_id)
-        if data_hash(data) != data_id:
+        if data_hash(readable) != used:
             raise InputError(f"the clips of {s.data} changed during the run")
 
         missing = {split: len(data[split]) - len(readable[split]) for split in splits}
@@ -828,9 +841,28 @@ def run(s, device):
                 model.save(out)
             with open(out / "log.jsonl", "a") as log:
                 write_line(log, result)
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    (out / "lock").unlink()  # which filelock leaves
+        remove_checkpoints(out)
+    (out / "lock").unlink(missing_ok=True)  # filelock leaves it
     return out
+
+def make_model(s, out):
+    """The model to train or to evaluate, on the CPU."""
+    if s.eval_only:
+        return VideoColBERT.load(s.eval_only)
+    if not checkpoint_paths(out):
+        return VideoColBERT(s)
+    # The checkpoint holds all weights. The file they once came from may have moved.
+    model = VideoColBERT(replace(s, pretrained="none"))
+    model.config = s
+    return model
+
+def remove_checkpoints(out):
+    for path in checkpoint_paths(out):
+        path.unlink()
+    folder = out / "checkpoints"
+    # Files that the user put there stay; what a killed write left goes.
+    if folder.exists() and not any(path.is_file() for path in folder.iterdir()):
+        shutil.rmtree(folder)
 
 def train_and_evaluate(model, data, s, device, out, data_id):
     """-> what `evaluate` returns of the test clips, in the first process."""
@@ -864,11 +896,13 @@ def run_folder(s):
     return out
 
 def read_log(out):
-    """The lines of a run's log, none if it has not begun or was cut off."""
-    try:
-        return [json.loads(line) for line in open(Path(out, "log.jsonl"))]
-    except (OSError, ValueError):
-        return []
+    """The lines of a run's log that are whole; none if it has not begun."""
+    lines = []
+    with contextlib.suppress(OSError), open(Path(out, "log.jsonl")) as log:
+        for line in log:
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(line))
+    return lines
 
 def best_epoch(out):
     """The log's line with the best R@1 on the test set; None without --eval-every."""
@@ -885,10 +919,11 @@ def locked(folder):
     """Keep other processes out of a folder. Raises InputError if one is at work on it."""
     lock = filelock.FileLock(f"{folder}/lock", timeout=0)
     try:
-        with user_errors(folder, PermissionError):
-            lock.acquire()
+        lock.acquire()
     except filelock.Timeout:
         raise InputError(f"another process is at work on {folder}; try later") from None
+    except OSError as error:
+        raise InputError(f"{folder}: {error.strerror}") from None
     try:
         yield
     finally:
@@ -929,6 +964,9 @@ def main(argv=None):
 def handle_signals(handler):
     signal.signal(signal.SIGINT, handler)
     signal.signal(signal.SIGTERM, handler)
+    # The terminal is closed. Windows has no such signal, and nohup ignores it.
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, handler)
 
 def run_main(main, name):
     """Bad input is one line and exit code 2; a stop is code 130; a bug has a traceback."""

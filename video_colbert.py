@@ -16,6 +16,7 @@ import copy
 import difflib
 import json
 import math
+import os
 import zipfile
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -447,7 +448,8 @@ def open_video(path):
     """-> container, video stream, is_timed: whether the file stores the exact times of its
     frames. If not, as in AVI, frames are numbered instead. Raises VideoError."""
     try:
-        with av.open(str(path), metadata_errors="ignore") as container:
+        # An absolute path, because a relative one with a colon may look like an address.
+        with av.open(os.path.abspath(path), metadata_errors="ignore") as container:
             stream = container.streams.best("video")
             if not stream or not stream.codec_context:
                 raise VideoError(f"{path}: no video stream of a known codec")
@@ -475,10 +477,17 @@ def frame_times(path):
     """-> times, end, tick, is_timed: the sorted times of the frames and the end of the last
     one in ticks, the seconds per tick, and whether the file stores exact times, and so need
     not be decoded."""
+    frames, latest = [], -math.inf
     with open_video(path) as (container, stream, is_timed):
         tick = stream.time_base if is_timed else 1 / (stream.average_rate or 25)
-        frames = [(packet.pts, packet.duration) for packet in container.demux(stream)
-                  if packet.size and not packet.is_discard]
+        for packet in container.demux(stream):
+            if packet.size and not packet.is_discard:
+                frames.append((packet.pts, packet.duration))
+            # Times of decoding rise, or else several files were put together.
+            if is_timed and packet.dts is not None:
+                if (latest - packet.dts) * tick > 1:
+                    raise VideoError(f"{path}: its times start again in the middle")
+                latest = packet.dts
     if not is_timed or any(time is None for time, _ in frames):
         frames = [(time, 0) for time, _ in decode(path)]  # of unknown duration
     if not frames:
@@ -567,7 +576,7 @@ def sample_frames(path, num_frames, size, start=0.0, end=None):
     """TSN-style sampling of a video, or of its part from `start` to `end` in seconds: the
     frame on screen in the middle (the paper is silent on where) of each of `num_frames`
     equal segments -> uint8 RGB (num_frames, 3, size, size), resized without keeping the
-    aspect ratio. Raises VideoError."""
+    aspect ratio. Seconds count from the first frame. Raises VideoError."""
     timing = frame_times(path)
     wanted = sample_times(path, timing, num_frames, start, end)
     return frames_at(path, timing, wanted, size)

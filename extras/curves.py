@@ -2,13 +2,12 @@
 
     python -m extras.curves runs/shapes curves.png
 """
-import json
 import sys
-from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from train import run_main
+from extras.figures import check_picture, save_picture
+from train import read_log, run_main
 from video_colbert import InputError
 
 WIDTH, HEIGHT, MARGIN = 420, 260, 44  # of a panel, in pixels
@@ -17,11 +16,7 @@ PANELS = (["loss"], ["MMS_F", "MMS_V"])
 
 def read_steps(run):
     """The lines of a run's log that are steps."""
-    try:
-        lines = Path(run, "log.jsonl").read_text().splitlines()
-    except OSError as error:
-        raise InputError(f"{run}/log.jsonl: {error.strerror}") from None
-    steps = [line for line in map(json.loads, lines) if "loss" in line]
+    steps = [line for line in read_log(run) if "loss" in line]
     if len(steps) < 2:
         raise InputError(f"{run}/log.jsonl has less than two steps")
     return steps
@@ -71,7 +66,8 @@ def draw_curves(run):
 def main():
     if len(sys.argv) != 3:
         raise InputError(__doc__.split("\n")[2].strip())
-    draw_curves(sys.argv[1]).save(sys.argv[2])
+    check_picture(sys.argv[2])
+    save_picture(draw_curves(sys.argv[1]), sys.argv[2])
     print(sys.argv[2])
 
 if __name__ == "__main__":

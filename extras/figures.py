@@ -9,6 +9,7 @@ from torch.func import functional_call
 from torch.nn.functional import normalize
 
 from extras.long_videos import sample_long_video
+from train import user_errors
 from video_colbert import InputError, VideoError
 
 GREEN, RED = "#0a7d28", "#c4161c"
@@ -188,6 +189,10 @@ def check_picture(path):
     if Image.registered_extensions().get(Path(path).suffix.lower()) not in Image.SAVE:
         raise InputError(f"{path}: a picture's name ends in .png or .jpg")
     check_folder(path)
+
+def save_picture(image, path):
+    with user_errors(path, OSError):
+        image.save(path)
 
 def check_folder(path):
     """Raises InputError if there is no folder to save a file in."""

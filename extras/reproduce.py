@@ -86,8 +86,8 @@ def find_run(s):
             continue
         if state and state.get("data") != data_id:
             warn_once(f"not reused: {folder} was run on other clips or captions")
-        elif record and record["missing"] and not s.allow_missing:
-            warn_once(f"not reused: {folder} lacks test clips, see --allow-missing")
+        elif record and missing_note(record) and not s.allow_missing:
+            warn_once(f"not reused: {folder} lacks clips, see --allow-missing")
         elif record:
             return folder
         else:
@@ -124,11 +124,11 @@ class Query(NamedTuple):
     rank: dict  # of F, V, FV and RRF, 1 is best
 
 def query_ranks(folder, s, device):
-    """A finished run's model on its test clips -> model, clips, [Query]. Cache, workers and
-    allow_missing are those of `s`, all other settings are the run's."""
+    """A finished run's model on its test clips -> model, clips, [Query]. The place of the data,
+    cache, workers and allow_missing are those of `s`, all other settings are the run's."""
     model = VideoColBERT.load(folder).to(device)
-    saved = replace(read_settings(folder), epochs=0, cache=s.cache, workers=s.workers,
-                    allow_missing=s.allow_missing)
+    saved = replace(read_settings(folder), epochs=0, data=s.data, root=s.root, cache=s.cache,
+                    workers=s.workers, allow_missing=s.allow_missing)
     clips = train.load_clips(saved)["test"]
     clips = train.fill_cache(clips, "test", saved, model.image_size)
     sim_F, sim_V, target = train.evaluate(model, clips, saved, device)
@@ -153,7 +153,10 @@ def changed_flags(s):
             if value != default[name]]
 
 def missing_note(record):
-    return f"{record['missing']} test clips missing: not comparable"
+    train_clips = record.get("missing_train", 0)  # older runs do not say
+    if record["missing"] or train_clips:
+        return (f"{record['missing']} test and {train_clips} training clips missing: "
+                "not comparable")
 
 def describe(title, s, records, seeds=1):
     """The line above a table: what was measured, how, and where."""
@@ -162,7 +165,8 @@ def describe(title, s, records, seeds=1):
         seed_note = f"seeds {s.seed} to {s.seed + seeds - 1}, mean ± deviation"
     parts = [s.data, s.backbone, f"{first['evaluation'][0]['queries']} queries",
              f"gallery of {first['gallery']} clips", f"{s.epochs} epochs", seed_note]
-    parts += dict.fromkeys(missing_note(record) for record in records if record["missing"])
+    notes = [missing_note(record) for record in records]
+    parts += dict.fromkeys(note for note in notes if note)
     if changed_flags(s):
         parts.append(f"`{' '.join(changed_flags(s))}`")
     machines = dict.fromkeys(record["machine"] for record in records)
@@ -231,7 +235,7 @@ def runs_table(number):
                 lines.append([data, backbone, "no run", "", *[""] * len(METRICS), quoted])
             for folder, s, record in found:
                 changes = changed_flags(s)
-                if record["missing"]:
+                if missing_note(record):
                     changes.append(missing_note(record))
                 row = result(record, "text to video", "FV")
                 numbers = [show(metric, [row[metric]]) for metric in METRICS]

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from extras.figures import (
-    check_picture, draw_hits, draw_interactions, interactions, printable, span)
+    check_picture, draw_hits, draw_interactions, interactions, printable, save_picture, span)
 from extras.long_videos import sample_long_video
 from extras.page import check_page, write_page
 from extras.video_index import VideoIndex, fingerprint, video_seconds
@@ -169,7 +169,7 @@ def search_command(args, device):
     print_lines([json.dumps(hits)] if args.json else lines)
     if args.sheet:
         sheet = draw_hits(args.query, hits, index.meta["num_frames"], segment)
-        sheet.save(args.sheet)
+        save_picture(sheet, args.sheet)
     if args.html:
         write_page(args.html, args.query, hits, model, segment)
 
@@ -198,7 +198,7 @@ def explain_command(args, device):
     if args.out:
         title = f"{args.query}   ({printable(Path(args.video).name)})"
         figure = draw_interactions([(title, words, frames, before.cpu(), after.cpu())])
-        figure.save(args.out)
+        save_picture(figure, args.out)
         print_lines([args.out])
 
 def main(argv=None):

@@ -7,9 +7,9 @@ shows the same frames backwards, is in the gallery too.
 
     python -m extras.shapes FOLDER        writes FOLDER/clips.jsonl and FOLDER/videos
 """
+import argparse
 import json
 import math
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -82,12 +82,17 @@ def choose_clips(galleries):
 
 def write_shapes(root, galleries=6):
     """Write root/videos and root/clips.jsonl, which comes last, unless it is there already. A
-    process that comes second waits for the first."""
+    process that comes second waits for the first. Raises ValueError for a folder with other
+    files in it: they may have the names of ours."""
     root, clips = Path(root), choose_clips(galleries)
-    (root / "videos").mkdir(parents=True, exist_ok=True)
+    root.mkdir(parents=True, exist_ok=True)
+    # The lock is the first file of ours.
+    if not (root / "lock").exists() and any(root.iterdir()):
+        raise ValueError("holds other files than the synthetic clips; use --data for your own")
     with filelock.FileLock(root / "lock"):
         if (root / "clips.jsonl").exists():
             return
+        (root / "videos").mkdir(exist_ok=True)
         lines, pool = [], ThreadPoolExecutor(8)  # x264 runs without Python's lock
         try:
             jobs = []
@@ -113,4 +118,7 @@ def kind(caption):
 
 
 if __name__ == "__main__":
-    write_shapes(sys.argv[1])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder")
+    write_shapes(parser.parse_args().folder)

@@ -234,6 +234,13 @@ def test_a_late_part_of_a_transport_stream_is_not_decoded_from_the_beginning(tmp
     sample_frames(path, 3, 16, start=55.0, end=57.0)
     assert len(decoded) < 400
 
+def test_files_put_together_whose_times_start_again_are_named(tmp_path):
+    """Half of their frames would never be seen."""
+    one = write_moving_clip(tmp_path / "closed.ts").read_bytes()
+    (tmp_path / "two.ts").write_bytes(one + one)
+    with pytest.raises(VideoError, match="two.ts: its times start again in the middle"):
+        sample_frames(tmp_path / "two.ts", 4, 16)
+
 def test_a_stream_that_begins_between_keyframes_shows_the_first_frame_that_there_is(tmp_path):
     """As a recording of television does: no frame before the next keyframe can be decoded."""
     path = write_moving_clip(tmp_path / "closed.ts")

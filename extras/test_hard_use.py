@@ -3,6 +3,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import train
+import video_colbert
 from test_video_colbert import SMALL, contents, records, run_until, write_clip, write_json_lines
 from video_colbert import InputError, VideoColBERT, sample_frames
 
@@ -254,3 +256,112 @@ def test_a_fixed_scale_is_not_clamped_with_infonce(data):
     train.main([*FLAGS, "--loss", "infonce", "--no-learn-scale", "--logit-scale", "4.77",
                 "--epochs", "1", "--out", "a"])
     assert VideoColBERT.load("a").logit_scale.item() == pytest.approx(4.77)
+
+# ---- Found in a second hour
+def test_a_folder_with_other_files_gets_no_synthetic_clips(data):
+    """`--root FOLDER` without `--data msrvtt` would overwrite videos of the same names."""
+    write_clip(data / "mine/videos/video0.mp4", 5)
+    before = (data / "mine/videos/video0.mp4").read_bytes()
+    with pytest.raises(InputError, match="mine: holds other files than the synthetic clips"):
+        train.main(["--root", "mine", "--epochs", "0"])
+    assert os.listdir("mine") == ["videos"] and os.listdir("mine/videos") == ["video0.mp4"]
+    assert (data / "mine/videos/video0.mp4").read_bytes() == before
+
+@pytest.mark.parametrize("left", [0, 100])
+def test_a_log_that_is_cut_off_loses_only_its_lines(data, monkeypatch, left):
+    """As after a power cut, which may leave the checkpoint and not the log."""
+    train.main([*FLAGS, "--out", "whole"])
+    run_until(monkeypatch, [*FLAGS, "--out", "a"], "training_step", 3)
+    os.truncate("a/log.jsonl", left)
+    train.main(["--resume", "a"])
+    assert contents("a")["model.safetensors"] == contents("whole")["model.safetensors"]
+    assert b"\0" not in Path("a/log.jsonl").read_bytes()
+    assert train.read_result("a")["evaluation"] == train.read_result("whole")["evaluation"]
+
+def test_a_finished_model_is_never_trained_over(data):
+    train.main([*FLAGS, "--out", "a"])
+    model = Path("a/model.safetensors").read_bytes()
+    with open("a/log.jsonl", "a") as log:
+        log.write("\n")
+    train.main(["--resume", "a"])  # a blank line changes nothing
+    os.unlink("a/log.jsonl")
+    with pytest.raises(InputError, match="a holds a model, but its log is damaged"):
+        train.main(["--resume", "a"])
+    assert Path("a/model.safetensors").read_bytes() == model
+
+def test_copies_that_a_user_keeps_beside_checkpoints_stay_and_are_not_loaded(data, monkeypatch):
+    run_until(monkeypatch, [*FLAGS, "--out", "a"], "training_step", 3)
+    (checkpoint,) = Path("a/checkpoints").iterdir()
+    for name in ("epoch5.pt", "step-00000002-keep.pt"):
+        shutil.copy(checkpoint, f"a/checkpoints/{name}")
+    torch.save({"mine": 1}, "a/checkpoints/weights.pt")
+    train.main(["--resume", "a"])
+    assert sorted(os.listdir("a/checkpoints")) == [
+        "epoch5.pt", "step-00000002-keep.pt", "weights.pt"]
+
+def test_a_missing_clip_that_comes_back_does_not_undo_a_run(data, monkeypatch):
+    os.rename("0/clip.mp4", "away")
+    evaluate = train.evaluate
+    def comes_back(*args):
+        if os.path.exists("away"):
+            os.rename("away", "0/clip.mp4")
+        return evaluate(*args)
+    monkeypatch.setattr(train, "evaluate", comes_back)
+    train.main([*FLAGS, "--allow-missing", "--out", "a"])
+    assert train.read_result("a")["missing_train"] == 1
+
+def test_a_run_resumes_without_the_file_of_its_pretrained_weights(data, monkeypatch):
+    """The checkpoint has the weights; the saved model still names the file."""
+    calls, load = [], video_colbert.load_backbone
+    def counted(name, pretrained):
+        calls.append(pretrained)
+        return load(name, "none")
+    monkeypatch.setattr(video_colbert, "load_backbone", counted)
+    flags = [*FLAGS, "--pretrained", "w.pt"]
+    train.main([*flags, "--out", "whole"])
+    run_until(monkeypatch, [*flags, "--out", "a"], "training_step", 3)
+    assert calls == ["w.pt", "w.pt"]
+    train.main(["--resume", "a"])
+    assert calls[2:] == ["none"] and contents("a") == contents("whole")
+    assert json.loads(Path("a/config.json").read_text())["pretrained"] == "w.pt"
+
+def test_settings_that_were_edited_by_hand_are_noticed(data, monkeypatch):
+    run_until(monkeypatch, [*FLAGS, "--out", "a"], "training_step", 3)
+    settings = json.loads(Path("a/settings.json").read_text())
+    Path("a/settings.json").write_text(json.dumps({**settings, "lr": 0.5}))
+    with pytest.raises(InputError, match=f"cannot change lr of a: {settings['lr']}"):
+        train.main(["--resume", "a"])
+
+def test_an_evaluation_refuses_settings_that_it_would_not_use(data):
+    train.main([*FLAGS, "--epochs", "0", "--out", "a"])
+    with pytest.raises(InputError, match="cannot change seed of a: 0"):
+        train.main(["--eval-only", "a", "--seed", "9"])
+
+def test_test_clips_that_are_trained_on_are_told(tmp_path, capsys):
+    clip = {"video": "a.mp4", "captions": ["a"]}
+    write_lines(tmp_path / "clips.jsonl", {**clip, "split": "train"}, {**clip, "split": "test"},
+                {**clip, "split": "test", "start": 1})
+    clips_of(tmp_path / "clips.jsonl")
+    assert capsys.readouterr().out == "1 test clips are training clips, too\n"
+
+def test_of_two_files_of_a_video_the_first_path_counts(tmp_path):
+    for folder in ("videos", "videos_low"):
+        write_clip(tmp_path / folder / "video1.mp4", 3)
+    (tmp_path / "MSRVTT_data.json").write_text(json.dumps(
+        {"sentences": [{"video_id": "video1", "caption": "a"}]}))
+    (tmp_path / "MSRVTT_train.9k.csv").write_text("video_id\nvideo1\n")
+    (tmp_path / "MSRVTT_JSFUSION_test.csv").write_text("video_id,sentence\nvideo1,a\n")
+    clip, = train.load_clips(train.Settings(data="msrvtt", root=str(tmp_path)))["train"]
+    assert clip.path == f"{tmp_path}/videos/video1.mp4"
+
+def test_a_name_with_a_colon_is_a_file(data):
+    write_clip(data / "2024-01-01T10:00:00.mp4", 5)
+    assert sample_frames("2024-01-01T10:00:00.mp4", 2, 16).shape == (2, 3, 16, 16)
+
+def test_a_closed_terminal_saves_a_checkpoint(data, monkeypatch):
+    step = train.training_step
+    monkeypatch.setattr(train, "training_step",
+                        lambda *a: os.kill(os.getpid(), signal.SIGHUP) or step(*a))
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*FLAGS, "--out", "a"])
+    assert os.listdir("a/checkpoints") == ["step-00000001.pt"]

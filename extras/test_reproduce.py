@@ -289,8 +289,8 @@ def test_the_papers_numbers_stand_beside_msrvtt_and_say_whose_they_are(data, mon
     assert table["off"][-1] == "45.3 / 72.5 / 82.0 / 0.631"
     assert table["SigLIP, on"][-1] == "51.5 / 76.3 / 85.5 / 0.677 (SigLIP)"
     assert out.startswith("Table 5: query augmentation. msrvtt, ViT-B-32-quickgelu, 7 queries, "
-                          "gallery of 9 clips, 5 epochs, seed 0, 2 test clips missing: not "
-                          "comparable; one; two\n")
+                          "gallery of 9 clips, 5 epochs, seed 0, 2 test and 0 training clips "
+                          "missing: not comparable; one; two\n")
 
 def test_figures_read_frames_from_the_cache_that_is_asked_for(data):
     main([*FLAGS, "--seeds", "1", "--cache", "first"])

@@ -38,6 +38,7 @@ def write_clips(folder):
         split = "test" if i < 240 else "train"
         lines.append(json.dumps({"video": video, "captions": captions, "split": split}))
     (folder / "clips.jsonl").write_text("\n".join(lines))
+    (folder / "lock").touch()  # as extras.shapes leaves it
 
 @pytest.fixture(scope="module")
 def walk(tmp_path_factory):

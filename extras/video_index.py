@@ -281,6 +281,11 @@ class VideoIndex:
                              "Is a drive not mounted? To drop them all, remove the index "
                              "first")
 
+        gone = [video.path for i, video in enumerate(self.videos)
+                if i not in keep and video.path not in found]
+        if gone:
+            print(f"{len(gone)} videos are no longer there and leave the index, the first is "
+                  f"{gone[0]!r}", file=sys.stderr)
         meta["model"] = meta["model"] or self.meta["model"]
         meta["videos"] = [self.videos[i] for i in keep]
         if len(keep) == len(self.videos):
