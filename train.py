@@ -120,13 +120,17 @@ def parse_settings(argv):
     s = tyro.cli(Settings, args=argv, default=default, description=__doc__.splitlines()[0])
     check_settings(s)
     if folder:
-        refuse_changes(s, asdict(saved), folder)
+        fixed = asdict(saved)
+        if s.eval_only:
+            del fixed["precision"]  # an evaluation has its own
+        refuse_changes(s, fixed, folder)
     return s
 
 def refuse_changes(s, saved, folder):
     """Raise InputError if settings differ from those saved of a run, a dictionary."""
+    settings = json.loads(json.dumps(asdict(s)))  # as they are saved: a tuple is a list
     for name in saved.keys() - MAY_CHANGE:
-        if getattr(s, name) != saved[name]:
+        if settings.get(name) != saved[name]:
             raise InputError(f"cannot change {name} of {folder}: {saved[name]}")
 
 def check_settings(s):
@@ -134,10 +138,12 @@ def check_settings(s):
     minimum = dict(logit_scale=-100, logit_bias=-1e6, batch_size=1, workers=1,
                    captions_per_video=1, checkpoint_every=1)  # of others 0
     for name, value in asdict(s).items():
-        is_number = isinstance(value, (int, float))
-        # torch takes seeds below 2 ** 63.
-        if is_number and not minimum.get(name, 0) <= value < 2 ** 63:
-            raise InputError(f"--{name.replace('_', '-')} cannot be {value}")
+        if isinstance(value, (int, float)):
+            # A new setting may have a negative default.
+            lowest = minimum.get(name, min(0, 1e6 * getattr(Settings, name)))
+            # torch takes seeds below 2 ** 63.
+            if not lowest <= value < 2 ** 63:
+                raise InputError(f"--{name.replace('_', '-')} cannot be {value}")
     if s.warmup > 1:
         raise InputError(f"--warmup is a share of the steps, 0 to 1, not {s.warmup}")
     if s.batch_size % WORLD:
@@ -578,10 +584,8 @@ def train(model, data, s, device, out, data_id):
     scaler = make_scaler(device, s.precision)
     state = dict(model=model, optimizer=optimizer, scaler=scaler)
     first, log_end = restore(out, state, data_id, s)
-    log = open(os.devnull if RANK else out / "log.jsonl", "a")
-    if RANK == 0:
-        # Without the steps after the checkpoint. After a power cut it may be shorter.
-        log.truncate(min(log_end, log.tell()))
+    # Without the steps after the checkpoint.
+    log = open(os.devnull, "a") if RANK else open_log(out, log_end)
 
     # A signal only asks to stop, so that no step is cut short.
     stop = threading.Event()
@@ -648,6 +652,15 @@ def write_log(log, bar, unread):
         bar.set_postfix(loss=f"{loss:.3f}", MMS_F=f"{mms_f:.3f}", MMS_V=f"{mms_v:.3f}")
         write_line(log, line)
 
+def open_log(out, end=None):
+    """Open a run's log to append to it, without what comes after `end` bytes, and without a
+    last line that was cut off."""
+    path = out / "log.jsonl"
+    content = path.read_bytes()[:end] if path.exists() else b""
+    log = open(path, "a")
+    log.truncate(content.rfind(b"\n") + 1)
+    return log
+
 def write_line(log, record):
     with user_errors(log.name, OSError):
         log.write(json.dumps(record) + "\n")
@@ -661,7 +674,7 @@ def checkpoint_paths(out):
 def save_checkpoint(out, step, log_end, state, data_id, s):
     """Write out/checkpoints/step-N.pt after N steps, and keep the one before it."""
     content = {name: part.state_dict() for name, part in state.items()}
-    content |= dict(step=step, log_end=log_end, data=data_id, settings=asdict(s),
+    content |= dict(step=step, log_end=log_end, data=data_id, settings=json.dumps(asdict(s)),
                     rng=torch.get_rng_state())
     path = out / "checkpoints" / f"step-{step:08d}.pt"
     # In memory first, because torch.save's error for a full disk is unclear.
@@ -696,7 +709,8 @@ def restore(out, state, data_id, s):
         return 0, 0
     if content["data"] != data_id:
         raise InputError(f"{out} was started with other clips or captions")
-    refuse_changes(s, content["settings"], out)  # settings.json may have been edited
+    # settings.json may have been edited. Older checkpoints hold no settings.
+    refuse_changes(s, json.loads(content.get("settings", "{}")), out)
     for name, part in state.items():
         if content[name]:  # without fp16, the scaler's state is empty
             part.load_state_dict(content[name])
@@ -807,9 +821,9 @@ def run(s, device):
 
     torch.manual_seed(s.seed)
     model = make_model(s, out)
+    files = {clip.path: file_id(clip.path) for split in splits for clip in data[split]}
     readable = {split: fill_cache(data[split], split, s, model.image_size)
                 for split in splits}
-    used = data_hash(readable)
     if trains:
         examples = len(epoch_examples(readable["train"], s, 0))
         if examples < s.batch_size:
@@ -827,8 +841,9 @@ def run(s, device):
             with atomic_write(out / "settings.json") as file:
                 file.write(json.dumps(asdict(s), indent=2).encode())
         sims = train_and_evaluate(model, readable, s, device, out, data_id)
-        if data_hash(readable) != used:
-            raise InputError(f"the clips of {s.data} changed during the run")
+        for clip in itertools.chain(*readable.values()):
+            if file_id(clip.path) != files[clip.path]:
+                raise InputError(f"{clip.path} has changed during the run")
 
         missing = {split: len(data[split]) - len(readable[split]) for split in splits}
         result = dict(
@@ -839,7 +854,7 @@ def run(s, device):
         with user_errors(out, OSError):
             if not s.eval_only:
                 model.save(out)
-            with open(out / "log.jsonl", "a") as log:
+            with open_log(out) as log:
                 write_line(log, result)
         remove_checkpoints(out)
     (out / "lock").unlink(missing_ok=True)  # filelock leaves it
@@ -860,9 +875,10 @@ def remove_checkpoints(out):
     for path in checkpoint_paths(out):
         path.unlink()
     folder = out / "checkpoints"
-    # Files that the user put there stay; what a killed write left goes.
-    if folder.exists() and not any(path.is_file() for path in folder.iterdir()):
-        shutil.rmtree(folder)
+    # What the user put there stays; the parts that killed writes left go.
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "part"]
+    if not files:
+        shutil.rmtree(folder, ignore_errors=True)
 
 def train_and_evaluate(model, data, s, device, out, data_id):
     """-> what `evaluate` returns of the test clips, in the first process."""
@@ -897,8 +913,8 @@ def run_folder(s):
 
 def read_log(out):
     """The lines of a run's log that are whole; none if it has not begun."""
-    lines = []
-    with contextlib.suppress(OSError), open(Path(out, "log.jsonl")) as log:
+    path, lines = Path(out, "log.jsonl"), []
+    with contextlib.suppress(OSError), open(path, errors="replace") as log:
         for line in log:
             with contextlib.suppress(ValueError):
                 lines.append(json.loads(line))

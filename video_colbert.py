@@ -449,7 +449,7 @@ def open_video(path):
     frames. If not, as in AVI, frames are numbered instead. Raises VideoError."""
     try:
         # An absolute path, because a relative one with a colon may look like an address.
-        with av.open(os.path.abspath(path), metadata_errors="ignore") as container:
+        with av.open(os.path.join(os.getcwd(), path), metadata_errors="ignore") as container:
             stream = container.streams.best("video")
             if not stream or not stream.codec_context:
                 raise VideoError(f"{path}: no video stream of a known codec")
@@ -484,7 +484,7 @@ def frame_times(path):
             if packet.size and not packet.is_discard:
                 frames.append((packet.pts, packet.duration))
             # Times of decoding rise, or else several files were put together.
-            if is_timed and packet.dts is not None:
+            if is_timed and packet.dts is not None and not packet.is_discard:
                 if (latest - packet.dts) * tick > 1:
                     raise VideoError(f"{path}: its times start again in the middle")
                 latest = packet.dts
@@ -585,8 +585,9 @@ def sample_frames(path, num_frames, size, start=0.0, end=None):
 def ranks(sim):
     """sim (A, B) -> the rank of each video for each query, int (A, B), 1 is best. Ties
     count against the model: a rank is the number of videos with at least that score."""
+    sim = sim.contiguous()
     ascending = sim.sort(dim=1).values
-    number_below = torch.searchsorted(ascending, sim.contiguous())  # (A, B)
+    number_below = torch.searchsorted(ascending, sim)  # (A, B)
     return sim.shape[1] - number_below
 
 def retrieval_metrics(sim, target):

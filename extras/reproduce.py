@@ -68,7 +68,7 @@ def all_runs():
 
 def identity(s):
     """The settings that make one run differ from another."""
-    may_change = MAY_CHANGE - {"data"}
+    may_change = MAY_CHANGE - {"data", "eval_only"}
     return {name: value for name, value in asdict(s).items() if name not in may_change}
 
 def find_run(s):

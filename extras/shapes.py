@@ -87,7 +87,8 @@ def write_shapes(root, galleries=6):
     root, clips = Path(root), choose_clips(galleries)
     root.mkdir(parents=True, exist_ok=True)
     # The lock is the first file of ours.
-    if not (root / "lock").exists() and any(root.iterdir()):
+    names = {path.name for path in root.iterdir()}
+    if names and not names & {"lock", "clips.jsonl"}:
         raise ValueError("holds other files than the synthetic clips; use --data for your own")
     with filelock.FileLock(root / "lock"):
         if (root / "clips.jsonl").exists():

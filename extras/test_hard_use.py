@@ -1,4 +1,5 @@
 """What an hour of hard use found (and must not find again): lost work and unclear errors."""
+import dataclasses
 import errno
 import json
 import os
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -79,7 +81,7 @@ def test_a_video_that_is_replaced_during_the_run_stops_it(data, monkeypatch):
         write_clip(data / "0/clip.mp4", 29)
         return evaluate(*args)
     monkeypatch.setattr(train, "evaluate", replaces)
-    with pytest.raises(InputError, match="the clips of clips.jsonl changed during the run"):
+    with pytest.raises(InputError, match="0/clip.mp4 has changed during the run"):
         train.main([*FLAGS, "--out", "a"])
     assert not train.read_result("a")
 
@@ -365,3 +367,70 @@ def test_a_closed_terminal_saves_a_checkpoint(data, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train.main([*FLAGS, "--out", "a"])
     assert os.listdir("a/checkpoints") == ["step-00000001.pt"]
+
+def test_a_video_that_is_replaced_while_others_are_decoded_stops_the_run(data, monkeypatch):
+    fill_cache = train.fill_cache
+    def replaces(clips, split, *args):
+        readable = fill_cache(clips, split, *args)
+        if split == "train":
+            write_clip(data / "0/clip.mp4", 29)
+        return readable
+    monkeypatch.setattr(train, "fill_cache", replaces)
+    with pytest.raises(InputError, match="0/clip.mp4 has changed during the run"):
+        train.main([*FLAGS, "--out", "a"])
+
+def test_a_result_is_not_written_onto_a_line_that_was_cut_off(data, monkeypatch):
+    run_until(monkeypatch, [*FLAGS, "--out", "a"], "result_rows", 0)
+    os.truncate("a/log.jsonl", 100)
+    train.main(["--resume", "a"])
+    assert len(train.read_result("a")["evaluation"]) == 8
+    run_until(monkeypatch, ["--eval-only", "a", "--out", "b"], "result_rows", 0)
+    Path("b/log.jsonl").write_bytes(b'{"evaluation": [{"sc\xff')
+    train.main(["--resume", "b"])
+    assert train.read_result("b")["evaluation"] == train.read_result("a")["evaluation"]
+
+def test_a_checkpoint_of_an_older_run_resumes(data, monkeypatch):
+    run_until(monkeypatch, [*FLAGS, "--out", "a"], "training_step", 3)
+    (path,) = Path("a/checkpoints").iterdir()
+    content = torch.load(path, weights_only=True)
+    del content["settings"]
+    torch.save(content, path)
+    train.main(["--resume", "a"])
+    assert train.read_result("a")
+
+def test_a_folder_that_a_user_keeps_beside_checkpoints_stays(data, monkeypatch):
+    run_until(monkeypatch, [*FLAGS, "--out", "a"], "training_step", 3)
+    shutil.copytree("a/checkpoints", "keep")
+    shutil.move("keep", "a/checkpoints/keep")
+    train.main(["--resume", "a"])
+    assert os.listdir("a/checkpoints/keep") == ["step-00000002.pt"]
+
+def test_linked_checkpoints_are_no_error(data, monkeypatch):
+    run_until(monkeypatch, [*FLAGS, "--out", "a"], "training_step", 3)
+    shutil.move("a/checkpoints", "scratch")
+    os.symlink("../scratch", "a/checkpoints")
+    train.main(["--resume", "a"])
+    assert train.read_result("a") and not os.listdir("scratch")
+
+def test_an_evaluation_may_have_its_own_precision(data):
+    train.main([*FLAGS, "--epochs", "0", "--out", "a"])
+    train.main(["--eval-only", "a", "--precision", "bf16", "--out", "b"])
+    assert train.read_result("b")
+
+def test_a_path_with_dots_opens_what_the_system_opens(tmp_path):
+    white = np.full((32, 32, 3), 255, np.uint8)
+    write_clip(tmp_path / "disk/a.mp4", 3, (32, 32), picture=white)
+    write_clip(tmp_path / "home/a.mp4", 3, (32, 32), picture=0 * white)
+    (tmp_path / "disk/sub").mkdir()
+    (tmp_path / "home/link").symlink_to(tmp_path / "disk/sub")
+    assert sample_frames(tmp_path / "home/link/../a.mp4", 1, 16).float().mean() > 200
+
+def test_a_reader_may_add_a_tuple_and_a_negative_number_to_the_settings(data, monkeypatch):
+    """In one line each; runs resume, which compare their settings with those in JSON."""
+    extended = dataclasses.make_dataclass(
+        "Settings", [("betas", tuple[float, float], (0.9, 0.98)), ("margin", float, -0.1)],
+        bases=(train.Settings,))
+    monkeypatch.setattr(train, "Settings", extended)
+    run_until(monkeypatch, [*FLAGS, "--out", "a"], "training_step", 3)
+    train.main(["--resume", "a"])
+    assert train.read_result("a")

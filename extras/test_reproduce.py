@@ -347,3 +347,8 @@ def test_under_torchrun_a_table_is_refused_in_one_line(data, monkeypatch):
 def test_flags_of_a_single_run_are_refused(data, flags, message):
     with pytest.raises(InputError, match=message):
         main([*FLAGS, *flags])
+
+def test_an_evaluation_is_no_training_run(data):
+    train.main([*FLAGS, "--epochs", "1", "--out", "z"])
+    train.main(["--eval-only", "z", "--out", "runs/e"])
+    assert reproduce.find_run(train.parse_settings([*FLAGS, "--epochs", "1"])) is None

@@ -1,6 +1,7 @@
 """The synthetic clips: every test caption tells one video, and motion is seen only in order."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -72,3 +73,9 @@ def test_two_processes_write_the_clips_once(tmp_path):
     assert [process.returncode for process in both] == [0, 0], errors
     assert sum("writing" in error for error in errors) == 1
     assert len(train.load_clips(train.Settings(data=str(tmp_path / "clips.jsonl")))["test"]) == 240
+
+def test_a_folder_that_was_copied_without_its_lock_is_ours(root, tmp_path):
+    shutil.copytree(root, tmp_path / "copy", ignore=shutil.ignore_patterns("lock"))
+    before = sorted((tmp_path / "copy/videos").iterdir())
+    write_shapes(tmp_path / "copy", galleries=1)
+    assert sorted((tmp_path / "copy/videos").iterdir()) == before
