@@ -459,7 +459,7 @@ def any_process(flag):
     return flag.item() > 0
 
 def gather_rows(x):
-    """All processes' rows in order of rank. Gradients flow to this process's own rows."""
+    """All processes' rows in order of rank. Gradients flow to this one's own rows."""
     if WORLD == 1:
         return x
     parts = [torch.empty_like(x) for _ in range(WORLD)]
@@ -568,7 +568,7 @@ def autocast(device, precision="auto"):
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 def make_scaler(device, precision):
-    """Scales the loss up in fp16, which loses small gradients; otherwise does nothing."""
+    """Scales the loss up in fp16, which loses small gradients; else does nothing."""
     is_fp16 = pick_dtype(device, precision) == torch.float16
     return torch.amp.GradScaler(device.type, growth_interval=200, enabled=is_fp16)
 
@@ -674,8 +674,8 @@ def checkpoint_paths(out):
 def save_checkpoint(out, step, log_end, state, data_id, s):
     """Write out/checkpoints/step-N.pt after N steps, and keep the one before it."""
     content = {name: part.state_dict() for name, part in state.items()}
-    content |= dict(step=step, log_end=log_end, data=data_id, settings=json.dumps(asdict(s)),
-                    rng=torch.get_rng_state())
+    content |= dict(step=step, log_end=log_end, data=data_id,
+                    settings=json.dumps(asdict(s)), rng=torch.get_rng_state())
     path = out / "checkpoints" / f"step-{step:08d}.pt"
     # In memory first, because torch.save's error for a full disk is unclear.
     buffer = io.BytesIO()
@@ -932,7 +932,7 @@ def read_result(out):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Keep other processes out of a folder. Raises InputError if one is at work on it."""
+    """Keep other processes out of a folder. InputError if one is at work on it."""
     lock = filelock.FileLock(f"{folder}/lock", timeout=0)
     try:
         lock.acquire()

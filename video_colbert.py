@@ -163,7 +163,7 @@ def load_backbone(name, pretrained):
         file = open_clip.download_pretrained(info) if is_tag else pretrained
         load_weights(model, file)
     except Exception as error:
-        # The network, the hub and the file can fail in many ways; some texts are unclear.
+        # Network, hub and file can fail in many ways; some texts are unclear.
         is_clear = isinstance(error, (OSError, ValueError))
         reason = shorten(str(error), 150) if is_clear else "not a whole file of weights"
         raise InputError(
@@ -298,7 +298,7 @@ class VideoColBERT(nn.Module):
 
         if not 3 <= self.num_tokens <= context_length:
             raise InputError(f"num_tokens must be 3 to {context_length}")
-        # Frame positions are copied from the text's, so there are no more frames than those.
+        # Frame positions are copied from the text's, which are no more than this.
         ranges = dict(num_frames=(1, context_length), pad_token=(0, vocabulary - 1),
                       temporal_layers=(1, 1000), visual_expansion=(0, 1000))
         for name, (low, high) in ranges.items():
