@@ -989,6 +989,9 @@ def run_main(main, name):
     handle_signals(signal.default_int_handler)
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os._exit(0)  # whoever read the output has left, such as `head`
     except InputError as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)

@@ -232,10 +232,12 @@ def convert(dataset, root, out):
         records += [to_record(clip, split, out) for clip in kept]
         summary += describe(split, kept, missing)
 
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    content = "".join(lines).encode()
+    if os.path.isfile(out) and Path(out).read_bytes() != content:
+        raise InputError(f"{out} is there, with other lines: remove it, or use --out")
     with atomic_write(Path(out)) as file:
-        for record in records:
-            line = json.dumps(record, ensure_ascii=False) + "\n"
-            file.write(line.encode())
+        file.write(content)
     return [*summary, f"wrote {out}; to train on it:", shlex.join(command)]
 
 def make_clips(source, annotated, videos, root, end):

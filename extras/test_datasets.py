@@ -374,6 +374,7 @@ def test_50_mutated_annotations_give_a_valid_file_or_one_clear_error(tmp_path, v
     for i in range(50):
         file = list(content)[i % len(content)]
         write(tmp_path, {**content, file: mutate(content[file], np.random.default_rng(i))})
+        (tmp_path / "clips.jsonl").unlink(missing_ok=True)
         try:
             main([dataset, str(tmp_path)])
             data = load(tmp_path / "clips.jsonl")
@@ -383,3 +384,14 @@ def test_50_mutated_annotations_give_a_valid_file_or_one_clear_error(tmp_path, v
             assert "\n" not in str(error) and str(tmp_path) in str(error), error
             outcomes.append("error")
     assert outcomes.count("error") > 10 and "file" in outcomes
+
+def test_a_file_that_a_user_has_edited_is_not_overwritten(tmp_path, video, capsys):
+    write_dataset(tmp_path, "msvd", video)
+    main(["msvd", str(tmp_path)])
+    main(["msvd", str(tmp_path)])  # the same lines
+    with open(tmp_path / "clips.jsonl", "a") as file:
+        file.write("{}\n")
+    edited = (tmp_path / "clips.jsonl").read_bytes()
+    with pytest.raises(InputError, match="clips.jsonl is there, with other lines: remove it, or"):
+        main(["msvd", str(tmp_path)])
+    assert (tmp_path / "clips.jsonl").read_bytes() == edited

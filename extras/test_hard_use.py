@@ -434,3 +434,13 @@ def test_a_reader_may_add_a_tuple_and_a_negative_number_to_the_settings(data, mo
     run_until(monkeypatch, [*FLAGS, "--out", "a"], "training_step", 3)
     train.main(["--resume", "a"])
     assert train.read_result("a")
+
+def test_a_reader_of_the_output_who_leaves_is_no_error(data):
+    train.main([*FLAGS, "--epochs", "0", "--out", "a"])
+    code = f"import sys; sys.path.insert(0, {os.path.dirname(train.__file__)!r}); import train\n"
+    code += "train.run_main(lambda: train.main(['--resume', 'a']), 'train.py')"
+    read, write = os.pipe()
+    os.close(read)
+    process = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (process.returncode, process.stderr) == (0, b"")
