@@ -55,7 +55,9 @@ def test_sample_frames_turns_and_mirrors_the_frames_as_the_file_says(tmp_path, m
     assert divmod(brightness.argmax().item(), 2) == quarter
 
 def test_a_display_matrix_of_zeros_turns_nothing(tmp_path):
-    path = write_clip(tmp_path / "a.mp4", 3)
+    picture = np.zeros((64, 64, 3), np.uint8)
+    picture[:32, :16] = 255
+    path = write_clip(tmp_path / "a.mp4", 3, (64, 64), picture=picture)
     upright = sample_frames(path, 1, 64)
     set_display_matrix(path, 0, 0, 0, 0)
     assert torch.equal(sample_frames(path, 1, 64), upright)
