@@ -276,7 +276,8 @@ def test_metrics_of_nothing_and_of_nan_are_refused(sim, target, message):
     ("--loss hinge", "loss must be"), ("--backbone ViT-B-23", "unknown backbone"),
     ("--batch-size 0", "--batch-size cannot be 0"), ("--epochs -1", "--epochs cannot be -1"),
     ("--lr nan", "--lr cannot be nan"), ("--out {}", " exists: give a new --out, or --resume"),
-    ("--warmup inf", "--warmup cannot be inf"), ("--pad-token 99999", "pad_token must be 0 to 49407, not 99999"),
+    ("--warmup inf", "--warmup cannot be inf"),
+    ("--pad-token 99999", "pad_token must be 0 to 49407, not 99999"),
     ("--weight-decay -1", "--weight-decay cannot be"), ("--seed 99999999999999999999", "--seed"),
     ("--resume nowhere", "nowhere/settings.json: No such file"),
     ("--eval-only nowhere", "nowhere/settings.json: No such file")])

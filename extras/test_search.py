@@ -807,7 +807,8 @@ def test_names_that_are_no_text_or_several_lines_are_found_and_printed_on_one(
     assert len(lines) == 4 and "\x1b" not in out
     for path, line in zip(paths, lines):
         assert printable(path) in line
-    for name in ("caf\ufffd.mp4", "two\ufffdlines.mp4", "\ufffd[2J\ufffd.mp4", "ключ　🐕‍🦺.mp4"):
+    for name in ("caf\ufffd.mp4", "two\ufffdlines.mp4",
+                 "\ufffd[2J\ufffd.mp4", "ключ　🐕‍🦺.mp4"):
         assert f"/{name}  " in out
     grey = (np.asarray(Image.open("hits.png")) == 200).all(-1).mean()
     assert grey < 0.01                                            # all strips have frames

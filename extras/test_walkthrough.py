@@ -3,7 +3,8 @@
 The notebook loads runs/shapes or runs/walkthrough from the folder in which it runs, and trains
 the latter if neither is there. Here it runs in a folder with few clips, so training is short and
 the model poor: what holds for a trained model only is checked in the outputs that are committed.
-`jupyter execute --inplace extras/walkthrough.ipynb`, after `python train.py`, writes these anew.
+To write them again, run `python train.py` and then `jupyter execute --inplace
+extras/walkthrough.ipynb`.
 """
 import json
 import math
