@@ -22,6 +22,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from textwrap import shorten
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -45,7 +46,8 @@ class VideoError(InputError):
 class Config:
     # A CLIP or SigLIP model of open_clip (section 5.2), or "tiny" for a CPU.
     backbone: str = "ViT-B-32-quickgelu"
-    # An open_clip tag, a file or none; auto is OpenAI's CLIP or WebLI's SigLIP (5.2).
+    # An open_clip tag, a file, or none (None is the same); auto is OpenAI's weights for
+    # CLIP and WebLI's for SigLIP (5.2).
     pretrained: str | None = "auto"
     num_frames: int = 12  # frames per video (section 5.2, Table 7)
     num_tokens: int = 32  # tokens per query (5.2); SigLIP uses all it has, 64
@@ -54,7 +56,7 @@ class Config:
     temporal_layers: int = 4  # of the temporal transformer (5.2, Table 8)
     visual_expansion: int = 2  # E, learned tokens beside the frames (4.2, 5.2)
     interaction: str = "mms"  # mms (MeanMaxSim) or mp (mean pooling, equation 1)
-    loss: str = "sigmoid"  # sigmoid, infonce or another of LOSSES (4.3, Table 4)
+    loss: str = "sigmoid"  # sigmoid, infonce or what you add to LOSSES (4.3)
     loss_form: str = "dual"  # dual (equation 7) or combined (Table 4)
     lambda_frame: float = 1.0  # weight of the loss on MMS_F (equation 7)
     lambda_video: float = 1.0  # weight of the loss on MMS_V (equation 7)
@@ -80,7 +82,7 @@ def mean_max_sim(Q, V, mask=None):
     best = sim.amax(dim=-1)  # (A, M, B), over frames
     if mask is None:
         return best.mean(dim=1)  # (A, B), over tokens
-    weight = mask / mask.sum(dim=1, keepdim=True)  # (A, M), 1/M for tokens that count
+    weight = mask / mask.sum(dim=1, keepdim=True)  # (A, M): 1 / their number, or 0
     return (best * weight[..., None]).sum(dim=1)  # (A, B)
 
 def mms_fv(mms_f, mms_v):
@@ -109,8 +111,8 @@ def sigmoid_loss(sim, positives=None, logit_scale=4.77, logit_bias=-12.93):
 
 def info_nce_loss(sim, positives=None, logit_scale=4.6052, logit_bias=0.0):
     """The baseline of section 4.3 on similarities (A, B) -> the mean of both directions.
-    Positives of a row or column have equal shares of its target. `logit_bias` has no
-    effect."""
+    If a row or column has several positives, they share its target equally. `logit_bias`
+    has no effect."""
     if positives is None:
         positives = diagonal(sim)
     t = torch.as_tensor(logit_scale, dtype=sim.dtype).exp()  # exp(4.6052) = 100
@@ -120,7 +122,7 @@ def info_nce_loss(sim, positives=None, logit_scale=4.6052, logit_bias=0.0):
     video_to_text = cross_entropy(logits.T, normalize(target.T, p=1, dim=1))
     return (text_to_video + video_to_text) / 2
 
-LOSSES = {"sigmoid": sigmoid_loss, "infonce": info_nce_loss}  # Config.loss chooses one
+LOSSES = {"sigmoid": sigmoid_loss, "infonce": info_nce_loss}
 
 # ---- Backbone (section 5.2)
 TINY = dict(  # for synthetic clips and tests
@@ -134,7 +136,10 @@ FROZEN = ("text.positional_embedding", "text.token_embedding",
 
 def load_backbone(name, pretrained):
     """-> an open_clip model, and the pixel mean and std that its weights expect. Raises
-    InputError for a name or weights that cannot be used."""
+    InputError for a name or weights that cannot be used.
+
+    open_clip.create_model would not do: it cannot read OpenAI's own files, takes weights of
+    other picture sizes without a word, and only warns about QuickGELU."""
     if name == "tiny":
         if pretrained not in ("auto", "none", None):
             raise InputError("the tiny backbone has no pretrained weights")
@@ -146,11 +151,12 @@ def load_backbone(name, pretrained):
     config = backbone_config(name)
     model = open_clip.CustomTextCLIP(**config)
     tags = open_clip.list_pretrained_tags_by_model(name)
-    default = "webli" if "webli" in tags else "openai"
+    auto_tag = "webli" if "webli" in tags else "openai"
     if pretrained == "auto":
-        pretrained = default
-    is_tag = pretrained in tags  # otherwise it is a file or none: default mean and std
-    info = open_clip.get_pretrained_cfg(name, pretrained if is_tag else default)
+        pretrained = auto_tag
+    is_tag = pretrained in tags
+    # A file does not tell its mean and std: those of the usual weights are assumed.
+    info = open_clip.get_pretrained_cfg(name, pretrained if is_tag else auto_tag)
     mean = info.get("mean", open_clip.OPENAI_DATASET_MEAN)
     std = info.get("std", open_clip.OPENAI_DATASET_STD)
     if pretrained in (None, "none"):
@@ -163,7 +169,8 @@ def load_backbone(name, pretrained):
         file = open_clip.download_pretrained(info) if is_tag else pretrained
         load_weights(model, file)
     except Exception as error:
-        # Network, hub and file can fail in many ways; some texts are unclear.
+        # Network, hub and file can fail in many ways. What a damaged file raises would
+        # not help.
         is_clear = isinstance(error, (OSError, ValueError))
         reason = shorten(str(error), 150) if is_clear else "not a whole file of weights"
         raise InputError(
@@ -178,20 +185,22 @@ def backbone_config(name):
         similar = difflib.get_close_matches(name, ["tiny", *open_clip.list_models()])
         raise InputError(f"unknown backbone {name!r}; similar names: {', '.join(similar)}")
     text = config["text_cfg"]
+    tokenizer = text.get("hf_tokenizer_name", "CLIP's own")
+    is_known_tokenizer = tokenizer == "CLIP's own" or "SigLIP" in tokenizer
     is_resnet = isinstance(config["vision_cfg"].get("layers"), list)
     is_coca = "multimodal_cfg" in config
     # The temporal layers are text layers, so these must be as wide as the embedding.
-    same_width = text.get("width") == config["embed_dim"]
+    has_same_width = text.get("width") == config["embed_dim"]
+    # encode_query projects each token.
     has_projection = text.get("proj_type") != "none"
-    other_tokenizer = "SigLIP" not in text.get("hf_tokenizer_name", "SigLIP")
-    if is_resnet or is_coca or other_tokenizer or not (same_width and has_projection):
+    is_like_clip = is_known_tokenizer and has_same_width and has_projection
+    if is_resnet or is_coca or not is_like_clip:
         raise InputError(f"backbone {name!r} is not supported: not built like CLIP")
     config.pop("custom_text", None)  # CustomTextCLIP takes no such argument
     return config
 
-# What open_clip's checkpoints may hold beside tensors: NumPy numbers, such as the epoch.
-# torch's safe loader accepts only what is listed; a pair is an object, and its name in files
-# that were written under NumPy 1.
+# open_clip's checkpoints may hold NumPy numbers, such as the epoch. torch's safe loader
+# must be told of their types. NumPy 1 had another name for `scalar`, hence the pair.
 scalar = np._core.multiarray.scalar
 NUMPY_NUMBERS = [scalar, (scalar, "numpy.core.multiarray.scalar"),
                  np.dtype, np.dtypes.Int64DType, np.dtypes.Float64DType]
@@ -209,16 +218,11 @@ def load_weights(model, file):
     if "positional_embedding" in weights:  # OpenAI's names
         weights = open_clip.model.convert_to_custom_text_state_dict(weights)
 
-    # If a tensor is missing, say what the file seems to be.
-    kind = "a model of another size"
-    if any("text_model." in name for name in weights):
-        kind = "a model of the transformers library"
-    if any(name.startswith("clip.") for name in weights):
-        kind = "a fine-tuned CLIP4Clip model"
     for name, tensor in model.state_dict().items():
         fits = name in weights and weights[name].shape == tensor.shape
+        # VideoColBERT does not use logit_scale and logit_bias.
         if not fits and not name.startswith("logit_"):
-            raise ValueError(f"it seems to hold {kind}: no {name} {tuple(tensor.shape)}")
+            raise ValueError(f"it has no {name} of shape {tuple(tensor.shape)}")
     model.load_state_dict(weights, strict=False)
 
 # ---- Temporal transformer (sections 4.1, 4.2)
@@ -249,7 +253,7 @@ class TemporalTransformer(nn.Module):
         expansion = self.visual_expansion.expand(len(f), -1, -1)  # (B, E, d)
         positions = self.frame_positions[:f.shape[1]]  # (N, d)
         x = torch.cat([f + positions, expansion], dim=1)  # (B, N + E, d)
-        # No mask: every frame sees every frame.
+        # open_clip's blocks take (B, N, d). Without a mask, all frames see each other.
         for block in self.blocks:
             x = block(x)
         # A residual around all layers, as in CLIP4Clip (the paper is silent).
@@ -321,10 +325,12 @@ class VideoColBERT(nn.Module):
     def real_tokens(self, ids):
         """ids (A, M) -> bool (A, M): True for start, words and end, False for pads."""
         if self.is_siglip:
-            end = self.tokenizer.tokenizer.eos_token_id  # transformers' own
+            # open_clip wraps the tokenizer of transformers.
+            end = self.tokenizer.tokenizer.eos_token_id
         else:
             end = self.tokenizer.eot_token_id
-        # The first end token: argmax finds the first of equal values.
+        # SigLIP pads with end tokens, so search for the first: argmax finds the first of
+        # equal values.
         first_end = (ids == end).int().argmax(dim=1, keepdim=True)  # (A, 1)
         return torch.arange(ids.shape[1], device=ids.device) <= first_end
 
@@ -334,23 +340,26 @@ class VideoColBERT(nn.Module):
         With query augmentation (section 4.2) all count, without it all but the pads. With
         mean pooling only the pooled token counts. A caption that is cut keeps its end."""
         ids = self.tokenizer(texts, context_length=self.num_tokens)  # (A, M)
-        mask = self.real_tokens(ids)
+        real = self.real_tokens(ids)
         if not self.is_siglip:
-            ids = ids.where(mask, self.config.pad_token)
+            ids = ids.where(real, self.config.pad_token)
 
         if self.config.interaction == "mp":
             # CLIP pools the end token, the last real one; SigLIP pools the last of all.
-            last = mask.sum(dim=1) - 1  # (A,)
+            last = real.sum(dim=1) - 1  # (A,)
             if self.is_siglip:
                 last[:] = self.num_tokens - 1
             mask = one_hot(last, self.num_tokens).bool()
         elif self.config.query_augmentation:
-            mask = torch.ones_like(mask)
+            mask = torch.ones_like(real)
+        else:
+            mask = real
         return ids, mask
 
     def encode_query(self, ids, mask):
         """ids, mask (A, M) from tokenize -> Q (A, M, d): unit vectors, and 0 for tokens
-        that do not count. open_clip projects one token; here all are."""
+        that do not count, for libraries that take no mask. open_clip projects one token;
+        here all are projected."""
         text = self.backbone.text
         M = ids.shape[1]
         x = text.token_embedding(ids) + text.positional_embedding[:M]  # (A, M, d)
@@ -376,6 +385,7 @@ class VideoColBERT(nn.Module):
         # CLIP's projected [CLS] token; SigLIP has none and pools by attention.
         f = self.backbone.visual(images).view(B, N, -1)  # (B, N, d)
         v = self.temporal(f)  # (B, N + E, d)
+        # For those who write another temporal module.
         expected = (B, N + self.config.visual_expansion, self.width)
         assert v.shape == expected, f"temporal: {tuple(v.shape)}, not {expected}"
         return normalize(f.float(), dim=-1), normalize(v.float(), dim=-1)
@@ -383,7 +393,8 @@ class VideoColBERT(nn.Module):
     def similarities(self, Q, mask, F, V):
         """Q (A, M, d), mask (A, M), F (B, N, d), V (B, N + E, d) -> MMS_F, MMS_V (A, B).
         With mean pooling (equation 1) one token counts, and a video is one vector."""
-        # A forgotten normalize would train badly in silence: check the first batch.
+        # For those who change the encoders: without unit length, training would go badly
+        # in silence. The first batch is checked.
         if not self.norms_checked:
             for x in (Q[mask], F, V):
                 is_unit = (x.norm(dim=-1) - 1).abs() < 1e-3
@@ -422,7 +433,7 @@ class VideoColBERT(nn.Module):
     def save(self, folder):
         """Write config.json and model.safetensors into `folder`."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        # Of a training run's settings, only the model's.
+        # train.py's Settings have more fields than Config, which are not the model's.
         config = {field.name: getattr(self.config, field.name) for field in fields(Config)}
         Path(folder, "config.json").write_text(json.dumps(config, indent=2))
         weights = safetensors.torch.save(self.state_dict())
@@ -433,20 +444,36 @@ class VideoColBERT(nn.Module):
         """What `save` wrote, in eval mode. Raises InputError if there is no model."""
         try:
             config = Config(**json.loads(Path(folder, "config.json").read_text()))
-            # Its weights are here: none are downloaded.
-            model = cls(replace(config, pretrained=None))
+            # The weights are in the folder, so none are downloaded.
+            model = cls(replace(config, pretrained="none"))
             weights = safetensors.torch.load_file(Path(folder, "model.safetensors"))
             model.load_state_dict(weights)
         except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
             raise InputError(f"{folder} holds no model: {shorten(str(error), 200)}") from None
-        model.config = config  # with its own `pretrained`
+        model.config = config  # which says where the weights once came from
         return model.eval()
 
 # ---- Frames of a video file (section 5.2)
+def sample_frames(path, num_frames, size, start=0.0, end=None):
+    """TSN-style sampling of a video, or of its part from `start` to `end` in seconds: the
+    frame on screen in the middle (the paper is silent on where) of each of `num_frames`
+    equal segments -> uint8 RGB (num_frames, 3, size, size), resized without keeping the
+    aspect ratio. Seconds count from the first frame. Raises VideoError."""
+    timing = frame_times(path)
+    wanted = sample_times(path, timing, num_frames, start, end)
+    return frames_at(path, timing, wanted, size)
+
+class Timing(NamedTuple):
+    """When the frames of a video appear. A tick is the file's unit of time."""
+    times: np.ndarray  # of all frames in ticks, sorted
+    end: int  # of the last frame, in ticks
+    tick: float  # in seconds
+    is_timed: bool  # whether the file stores these times, see open_video
+
 @contextlib.contextmanager
 def open_video(path):
-    """-> container, video stream, is_timed: whether the file stores the exact times of its
-    frames. If not, as in AVI, frames are numbered instead. Raises VideoError."""
+    """-> container, video stream, is_timed: whether the file stores exact times of its
+    frames. If not, as in AVI, a frame's time is its number. Raises VideoError."""
     try:
         # An absolute path, because a relative one with a colon may look like an address.
         with av.open(os.path.join(os.getcwd(), path), metadata_errors="ignore") as container:
@@ -457,14 +484,14 @@ def open_video(path):
                 raise VideoError(f"{path}: no video stream but a cover picture")
             # Many videos are decoded at once, each by one thread.
             stream.codec_context.thread_count = 1
+            # A format has several names, such as "mov,mp4,m4a".
             timed_formats = ("mov", "matroska", "mpegts", "flv")
             yield container, stream, container.format.name.startswith(timed_formats)
     except (av.FFmpegError, OSError) as error:
         raise VideoError(f"{path}: {error.strerror or error}") from None
 
 def decode(path, start=None):
-    """Yield (time, frame), from a keyframe before time `start` on if it is given. Times are in
-    ticks of the file, or the frames' numbers if it is not timed."""
+    """Yield (time in ticks, frame). With `start`, begin at the keyframe before it."""
     with open_video(path) as (container, stream, is_timed):
         if start is not None:
             container.seek(start, stream=stream)
@@ -474,17 +501,18 @@ def decode(path, start=None):
                 yield time, frame
 
 def frame_times(path):
-    """-> times, end, tick, is_timed: the sorted times of the frames and the end of the last
-    one in ticks, the seconds per tick, and whether the file stores exact times, and so need
-    not be decoded."""
+    """-> Timing. Only files that store no times are decoded for it."""
     frames, latest = [], -math.inf
     with open_video(path) as (container, stream, is_timed):
+        # Where the file tells no frame rate, 25 a second are assumed.
         tick = stream.time_base if is_timed else 1 / (stream.average_rate or 25)
         for packet in container.demux(stream):
-            if packet.size and not packet.is_discard:
-                frames.append((packet.pts, packet.duration))
-            # Times of decoding rise, or else several files were put together.
-            if is_timed and packet.dts is not None and not packet.is_discard:
+            # An edit list discards frames, and the last packet is empty.
+            if not packet.size or packet.is_discard:
+                continue
+            frames.append((packet.pts, packet.duration))
+            if is_timed and packet.dts is not None:
+                # Times of decoding rise, unless several files were joined into one.
                 if (latest - packet.dts) * tick > 1:
                     raise VideoError(f"{path}: its times start again in the middle")
                 latest = packet.dts
@@ -499,19 +527,18 @@ def frame_times(path):
     if not duration:
         # The mean gap between frames, at least one tick.
         duration = max(1, (times[-1] - times[0]) // max(1, len(times) - 1))
-    return times, times[-1] + duration, float(tick), is_timed
+    return Timing(times, times[-1] + duration, float(tick), is_timed)
 
 def sample_times(path, timing, num_frames, start=0.0, end=None):
-    """The times, (num_frames,) in ticks, of the frames that sample_frames takes.
-    `timing` is what frame_times returns."""
-    times, end_tick, tick, _ = timing
-    seconds = float(end_tick - times[0]) * tick
+    """The times, (num_frames,) in ticks, of the frames that sample_frames takes."""
+    times, tick = timing.times, timing.tick
+    seconds = float(timing.end - times[0]) * tick
     end = seconds if end is None else min(end, seconds)
     if num_frames < 1 or not start < end:
         raise VideoError(f"{path}: no {num_frames} frames between {start} and {end} s")
 
     middles = start + (np.arange(num_frames) + 0.5) / num_frames * (end - start)
-    # Rounded, because 0.3 seconds may come out just before the frame at 0.3 seconds.
+    # Rounded to 0.001 ticks, or else errors of floating point may pick the frame before.
     moments = times[0] + np.round(middles / tick, 3)
     # The last frame that has appeared at each of these moments.
     return times[np.searchsorted(times, moments, side="right") - 1]
@@ -525,10 +552,10 @@ def frames_at(path, timing, wanted, size):
     if shown is None:
         raise VideoError(f"{path}: no frame can be decoded")
 
+    # `shown` stays on screen until `next_time`.
     next_time, next_frame = next(frames, the_end)
     pixels = []
     for moment in wanted:
-        # A frame stays on screen until the next one appears.
         while next_time <= moment:
             shown = next_frame
             next_time, next_frame = next(frames, the_end)
@@ -536,15 +563,14 @@ def frames_at(path, timing, wanted, size):
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
 
 def seek_time(path, timing, first):
-    """Where to seek for the frame at time `first`; None is the beginning."""
-    times, _, tick, is_timed = timing
-    if not is_timed:
+    """A time to seek to, from which decoding reaches the frame at time `first`. None is
+    the beginning of the file."""
+    if not timing.is_timed:
         return None
-    # In MPEG-TS a seek may arrive too late; then a time 10 seconds earlier is tried.
-    for start in (first, first - round(10 / tick)):
-        if start <= times[0]:
+    # In MPEG-TS a seek may arrive too late: test it, and try 10 seconds earlier if so.
+    for start in (first, first - round(10 / timing.tick)):
+        if start <= timing.times[0]:
             return None
-        # Decode one frame, to see whether this is a keyframe, and early enough.
         time, frame = next(decode(path, start), (None, None))
         if frame and frame.key_frame and time <= first:
             return start
@@ -559,10 +585,10 @@ def upright_pixels(frame, size, scaler):
     if matrix is None:
         return pixels
 
-    # The 3 x 3 matrix moves a pixel from (x, y) to (a x + c y, b x + d y).
+    # The 3 x 3 matrix starts with a, b, 0, c, d. It moves what is at (x, y) to
+    # (a x + c y, b x + d y). Either b = c = 0, or a = d = 0, and x and y change places.
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5]
     x_sign, y_sign = a, d
-    # If x and y change places, it is (c y, b x).
     if abs(b) > abs(a):
         pixels = pixels.swapaxes(0, 1)
         x_sign, y_sign = c, b
@@ -572,20 +598,11 @@ def upright_pixels(frame, size, scaler):
         pixels = pixels[::-1]
     return pixels
 
-def sample_frames(path, num_frames, size, start=0.0, end=None):
-    """TSN-style sampling of a video, or of its part from `start` to `end` in seconds: the
-    frame on screen in the middle (the paper is silent on where) of each of `num_frames`
-    equal segments -> uint8 RGB (num_frames, 3, size, size), resized without keeping the
-    aspect ratio. Seconds count from the first frame. Raises VideoError."""
-    timing = frame_times(path)
-    wanted = sample_times(path, timing, num_frames, start, end)
-    return frames_at(path, timing, wanted, size)
-
 # ---- Metrics (section 5.3)
 def ranks(sim):
     """sim (A, B) -> the rank of each video for each query, int (A, B), 1 is best. Ties
     count against the model: a rank is the number of videos with at least that score."""
-    sim = sim.contiguous()
+    sim = sim.contiguous()  # faster in searchsorted, which would warn
     ascending = sim.sort(dim=1).values
     number_below = torch.searchsorted(ascending, sim)  # (A, B)
     return sim.shape[1] - number_below
@@ -607,12 +624,12 @@ def retrieval_metrics(sim, target):
     return metrics
 
 def video_to_text(sim, target):
-    """sim (A, B), target (A,) -> sim (G, G): each video (row) with the captions of each
-    video (column), of which the best counts, as usual since CLIP4Clip. The true pairs are on
-    the diagonal. Videos without captions are left out."""
+    """sim (A, B), target (A,) -> (G, G) for the G videos that have captions. Row v,
+    column w is the best score of video v with a caption of video w, as usual since
+    CLIP4Clip. The true pairs are on the diagonal."""
     videos = target.unique()  # (G,)
     best = torch.stack([sim[target == video].amax(dim=0) for video in videos])  # (G, B)
-    return best[:, videos].T
+    return best[:, videos].T  # best has captions as rows
 
 def reciprocal_rank_fusion(sim_F, sim_V, k=60):
     """Similarities (A, B) twice -> the sum of 1 / (k + rank), (A, B) (section 6)."""

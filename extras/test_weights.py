@@ -70,9 +70,8 @@ class Evil:
         return os.system, ("touch executed",)
 
 @pytest.mark.parametrize("content, message", [
-    ({"text_model.embeddings.weight": torch.ones(1)}, "a model of the transformers library"),
-    ({"clip.visual.conv1.weight": torch.ones(1)}, "a fine-tuned CLIP4Clip model"),
-    ({"visual.conv1.weight": torch.ones(1)}, "a model of another size"),
+    ({"text_model.embeddings.weight": torch.ones(1)}, "it has no visual.class_embedding"),
+    ({"clip.visual.conv1.weight": torch.ones(1)}, "it has no visual.class_embedding"),
     ({"state_dict": Evil()}, "not a whole file of weights"), (b"hello", "not a whole file"),
     ("cut", "not a whole file of weights"), (None, "No such file")])
 def test_what_is_no_file_of_weights_is_one_short_line(
