@@ -54,10 +54,10 @@ class Settings(Config):
     out: str = ""  # folder of the run, must be new; default runs/NAME
     cache: str = "data/cache"  # folder of decoded frames, safe to delete
     epochs: int = 5  # passes over all captions (DRL's)
-    batch_size: int = 128  # examples in a batch, over all processes (DRL's)
+    batch_size: int = 128  # videos in a batch, over all processes (DRL's)
     captions_per_video: int = 1  # captions that share one encoding of their video
     micro_batch: int = 0  # videos encoded at a time, to save memory; 0 is all
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # auto: fp32 on a CPU
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # fp32 on a CPU
     lr_pretrained: float = 1e-7  # learning rate of the pre-trained encoders (Table 9)
     lr: float = 1e-4  # learning rate of everything new (Table 9)
     weight_decay: float = 0.01  # AdamW's; none for biases and norms (Table 9)
@@ -73,7 +73,7 @@ class Settings(Config):
     eval_only: str = ""  # evaluate the model of this run, on --data if it is given
     allow_missing: bool = False  # leave out clips that cannot be read
 
-# Settings in which two commands of one run may differ. Data may move, but not change.
+# What --resume and --eval-only may change. Data may move, but must be the same.
 MAY_CHANGE = {"data", "root", "out", "cache", "device", "micro_batch", "workers",
               "checkpoint_every", "eval_every", "resume", "eval_only", "allow_missing"}
 
@@ -97,7 +97,7 @@ def default_settings(data="", backbone="", loss=""):
 def parse_settings(argv):
     """Command line -> Settings. A flag that is not given has the value of the run that is
     resumed or evaluated, or else of default_settings."""
-    # First only the flags on which the defaults of the others depend.
+    # tyro needs the defaults before it parses, and they depend on these flags.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--data", "--backbone", "--loss", "--resume"):
         first.add_argument(flag, default="")
@@ -108,12 +108,13 @@ def parse_settings(argv):
 
     folder = typed.resume or typed.eval_only
     if folder:
-        default = saved = read_settings(folder)
-        if typed.data not in ("", saved.data):
-            default = replace(saved, root="")  # other data have another folder
+        saved = read_settings(folder)
+        default = saved
+        if typed.data and typed.data != saved.data:
+            default = replace(saved, root="")  # it was the folder of the other data
     else:
         default = default_settings(typed.data, typed.backbone, typed.loss)
-    # tyro's own message says nothing of --no-freeze.
+    # tyro's own message does not mention --no-freeze.
     values = [arg.split("=")[-1] for arg in argv]
     if "True" in values or "False" in values:
         raise InputError("do not write True or False, but --freeze or --no-freeze")
@@ -122,13 +123,14 @@ def parse_settings(argv):
     if folder:
         fixed = asdict(saved)
         if s.eval_only:
-            del fixed["precision"]  # an evaluation has its own
+            del fixed["precision"]  # an evaluation may use another
         refuse_changes(s, fixed, folder)
     return s
 
 def refuse_changes(s, saved, folder):
-    """Raise InputError if settings differ from those saved of a run, a dictionary."""
-    settings = json.loads(json.dumps(asdict(s)))  # as they are saved: a tuple is a list
+    """Raise InputError if `s` differs from `saved`, a dictionary of a run's settings."""
+    # In JSON a tuple is a list.
+    settings = json.loads(json.dumps(asdict(s)))
     for name in saved.keys() - MAY_CHANGE:
         if settings.get(name) != saved[name]:
             raise InputError(f"cannot change {name} of {folder}: {saved[name]}")
@@ -136,14 +138,16 @@ def refuse_changes(s, saved, folder):
 def check_settings(s):
     """Raise InputError for numbers that make no sense, NaN and infinity among them."""
     minimum = dict(logit_scale=-100, logit_bias=-1e6, batch_size=1, workers=1,
-                   captions_per_video=1, checkpoint_every=1)  # of others 0
+                   captions_per_video=1, checkpoint_every=1)
     for name, value in asdict(s).items():
-        if isinstance(value, (int, float)):
-            # A new setting may have a negative default.
-            lowest = minimum.get(name, min(0, 1e6 * getattr(Settings, name)))
-            # torch takes seeds below 2 ** 63.
-            if not lowest <= value < 2 ** 63:
-                raise InputError(f"--{name.replace('_', '-')} cannot be {value}")
+        if not isinstance(value, (int, float)):
+            continue
+        # Most numbers are at least 0. A setting of your own may start below 0.
+        can_be_negative = getattr(Settings, name) < 0
+        lowest = minimum.get(name, -2 ** 63 if can_be_negative else 0)
+        # torch takes seeds below 2 ** 63. NaN is not in this range either.
+        if not lowest <= value < 2 ** 63:
+            raise InputError(f"--{name.replace('_', '-')} cannot be {value}")
     if s.warmup > 1:
         raise InputError(f"--warmup is a share of the steps, 0 to 1, not {s.warmup}")
     if s.batch_size % WORLD:
@@ -185,9 +189,10 @@ class Clip:
         captions = self.captions if isinstance(self.captions, list) else []
         if not captions or not all(isinstance(x, str) and x.strip() for x in captions):
             raise ValueError("expected a list of captions that are not blank")
-        " ".join(captions).encode()  # raises if UTF-8 cannot hold them
+        # JSON may hold half a character, as \ud83d, which no tokenizer takes.
+        " ".join(captions).encode()
         end = math.inf if self.end is None else self.end
-        are_numbers = {type(self.start), type(end)} <= {int, float}  # not bool, not str
+        are_numbers = all(type(x) in (int, float) for x in (self.start, end))
         if not are_numbers or not 0 <= self.start < end:
             raise ValueError("expected 0 <= start < end in seconds")
 
@@ -195,7 +200,7 @@ def load_clips(s):
     """-> {"train": [clips], "val": ..., "test": ...}, without opening a video."""
     root = s.root or f"data/{s.data}"
     if s.data == "shapes":
-        from extras.shapes import write_shapes
+        from extras.shapes import write_shapes  # only these data need extras/
         with user_errors(root):
             write_shapes(root)  # does nothing if they are there
         records = json_records(f"{root}/clips.jsonl")
@@ -207,19 +212,19 @@ def load_clips(s):
         raise InputError(f"--data is shapes, msrvtt or FILE.jsonl, not {s.data}")
 
     data = {"train": [], "val": [], "test": []}
-    seen = set()
+    seen = {"train": set(), "val": set(), "test": set()}
     for source, record in records:
         with user_errors(source):
             split = record.pop("split")
             if split not in data:
                 raise ValueError("expected a split of train, val or test")
             clip = Clip(record.pop("video"), **record)  # TypeError for unknown keys
-            key = (split, os.path.realpath(clip.path), clip.start, clip.end)
-            if key in seen:
+            key = (os.path.realpath(clip.path), clip.start, clip.end)
+            if key in seen[split]:
                 raise ValueError("expected each clip only once")
-            seen.add(key)
+            seen[split].add(key)
             data[split].append(clip)
-    shared = [key for key in seen if key[0] == "test" and ("train", *key[1:]) in seen]
+    shared = seen["train"] & seen["test"]
     if shared and RANK == 0:
         print(f"{len(shared)} test clips are training clips, too")
     return data
@@ -243,7 +248,7 @@ MSRVTT_HELP = """
   curl -L -C - -O https://www.robots.ox.ac.uk/~maxbain/frozen-in-time/data/MSRVTT.zip
   curl -L -C - -O https://github.com/ArrowLuo/CLIP4Clip/releases/download/v0.0/msrvtt_data.zip
   unzip MSRVTT.zip && unzip msrvtt_data.zip
-For another copy: python -m extras.datasets msrvtt FOLDER"""
+For another layout of these files: python -m extras.datasets msrvtt FOLDER"""
 
 def msrvtt_records(root):
     """9k training and 1k-A test clips (section 5.1) of CLIP4Clip's copy, as records like
@@ -373,8 +378,9 @@ def prefetch(function, items, threads):
 
 # ---- Batches
 def epoch_examples(clips, s, epoch):
-    """A list of (index of a clip, [indices of k = captions_per_video captions]) in random
-    order. Each caption is used once; a clip's last example is filled up with its first."""
+    """A list of (index of a clip, indices of k of its captions) in random order, where k is
+    captions_per_video. Each caption is used once. If a clip has too few for its last
+    example, that takes the clip's first captions again."""
     rng = np.random.default_rng([s.seed, epoch])
     k = s.captions_per_video
     examples = []
@@ -401,8 +407,8 @@ def load_batch(batch, clips, s, model):
     return ids, mask, frames, positive_pairs(clips, batch)
 
 def positive_pairs(clips, batch):
-    """Which captions of a batch describe which of its videos -> bool (A, B): equal texts
-    describe each other's videos."""
+    """Which captions of a batch describe which of its videos -> bool (A, B). A caption
+    describes its own video, wherever it is in the batch, and those of equal captions."""
     captions = [(v, clips[v].captions[c]) for v, chosen in batch for c in chosen]
     described = {}  # the videos that each text describes
     for v, text in captions:
@@ -438,7 +444,8 @@ def schedule(step, steps, warmup):
         return (step + 1) / rise
     return (steps - step) / (steps - rise)
 
-# ---- Several processes (torchrun): each encodes its share, all see the whole loss
+# ---- Several processes (torchrun): each encodes its share, all see the whole loss.
+# Not DistributedDataParallel, which averages gradients: here each is a part of a sum.
 def rank_slice(items):
     """The part of a list that this process works on."""
     return items[len(items) * RANK // WORLD:len(items) * (RANK + 1) // WORLD]
@@ -452,7 +459,6 @@ def gather_lists(part):
     return sum(parts, [])
 
 def any_process(flag):
-    """Whether the flag is set in any process."""
     flag = torch.tensor(int(flag))
     if WORLD > 1:
         dist.all_reduce(flag)
@@ -472,7 +478,7 @@ def sum_gradients(model):
     named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     for name, gradient in named.items():
         if name.startswith("logit_"):
-            gradient /= WORLD  # each process has the whole batch's already
+            gradient.div_(WORLD)  # each process has the whole batch's already
     # One message instead of one for each parameter.
     flat = torch.cat([gradient.flatten() for gradient in named.values()])
     dist.all_reduce(flat)
@@ -495,7 +501,7 @@ def training_step(model, optimizer, scaler, s, ids, mask, frames, positives):
     scaler.unscale_(optimizer)
     max_norm = s.max_grad_norm or math.inf
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    # 1 times fp16's scale, for the log; get_scale() would wait for the GPU.
+    # The loss scale, 1 without fp16, for the log. get_scale() would wait for the GPU.
     scale = scaler.scale(torch.ones_like(norm))
     scaler.step(optimizer)  # skipped in fp16 if a gradient overflows
     scaler.update()
@@ -584,14 +590,14 @@ def train(model, data, s, device, out, data_id):
     scaler = make_scaler(device, s.precision)
     state = dict(model=model, optimizer=optimizer, scaler=scaler)
     first, log_end = restore(out, state, data_id, s)
-    # Without the steps after the checkpoint.
+    # The log is cut back to the checkpoint.
     log = open(os.devnull, "a") if RANK else open_log(out, log_end)
 
     # A signal only asks to stop, so that no step is cut short.
     stop = threading.Event()
     handle_signals(lambda number, frame: stop.set())
     load = partial(load_batch, clips=clips, s=s, model=model)
-    todo = itertools.islice(batches(clips, s), first, None)  # skip what is done
+    todo = itertools.islice(batches(clips, s), first, None)
     bar = tqdm(desc=f"training on {device_name(device)}", initial=first, total=steps,
                disable=RANK > 0)
     unread = []  # steps whose numbers are still on the GPU
@@ -603,6 +609,7 @@ def train(model, data, s, device, out, data_id):
             numbers = training_step(model, optimizer, scaler, s, *inputs)
             bar.update()
 
+            # Groups of one name have one rate.
             lr = {group["name"]: group["lr"] for group in optimizer.param_groups}
             epoch, place = divmod(step, steps_per_epoch)
             unread.append((dict(step=step, epoch=epoch, lr=lr), numbers))
@@ -621,7 +628,7 @@ def train(model, data, s, device, out, data_id):
             if stops:
                 break
 
-    # The signal may also have come in the last evaluation.
+    # Stopped in the loop, or by a signal in the last evaluation.
     if any_process(stop.is_set()):
         if RANK == 0:
             note = f"stopped after {bar.n} steps; continue with --resume {out}"
@@ -642,8 +649,8 @@ def write_log(log, bar, unread):
     for line, numbers in unread:
         loss, mms_f, mms_v, norm, loss_scale = numbers.tolist()
         line.update(loss=loss, MMS_F=mms_f, MMS_V=mms_v, grad_norm=norm)
-        # A gradient that overflows in fp16 is no failure: the scaler skips the step, and
-        # halves the scale for the next one. Without fp16 the scale is 1.
+        # In fp16, gradients may overflow until the loss scale is small enough. The scaler
+        # skips these steps and halves the scale. Without fp16, the scale is 1.
         if loss_scale > 1 and not math.isfinite(norm):
             line.update(grad_norm=None, loss_scale=loss_scale)
         elif not math.isfinite(loss + norm):
@@ -668,12 +675,14 @@ def write_line(log, record):
 
 # ---- Checkpoints
 def checkpoint_paths(out):
-    """Sorted by step. Other files in the folder are not touched."""
-    return sorted(Path(out, "checkpoints").glob(f"step-{8 * '[0-9]'}.pt"))
+    """Sorted by step. Copies with other names are the user's, and not touched."""
+    digits = 8 * "[0-9]"
+    return sorted(Path(out, "checkpoints").glob(f"step-{digits}.pt"))
 
 def save_checkpoint(out, step, log_end, state, data_id, s):
     """Write out/checkpoints/step-N.pt after N steps, and keep the one before it."""
     content = {name: part.state_dict() for name, part in state.items()}
+    # A dropout layer that you add would use torch's generator, `rng`.
     content |= dict(step=step, log_end=log_end, data=data_id,
                     settings=json.dumps(asdict(s)), rng=torch.get_rng_state())
     path = out / "checkpoints" / f"step-{step:08d}.pt"
@@ -682,6 +691,7 @@ def save_checkpoint(out, step, log_end, state, data_id, s):
     torch.save(content, buffer)
     with atomic_write(path) as file:
         file.write(buffer.getbuffer())
+    # Later ones, of a run that fell back to this step, are damaged.
     older = [other for other in checkpoint_paths(out) if other < path]
     for other in older[:-1]:
         other.unlink()
@@ -704,6 +714,7 @@ def restore(out, state, data_id, s):
     """Load the last checkpoint -> its step and the log's length, or 0, 0 without one."""
     content = load_checkpoint(out)
     if content is None:
+        # A finished run has no checkpoints, but its log should end with a result.
         if (out / "model.safetensors").exists():
             raise InputError(f"{out} holds a model, but its log is damaged: start a new run")
         return 0, 0
@@ -828,11 +839,29 @@ def run(s, device):
         examples = len(epoch_examples(readable["train"], s, 0))
         if examples < s.batch_size:
             raise InputError(f"--batch-size {s.batch_size} is more than {examples} examples")
-    if RANK > 0:
-        train_and_evaluate(model, readable, s, device, out, data_id)
-        return out
 
-    # Only the first process writes into the folder of the run.
+    with own_folder(s, out):
+        sims = train_and_evaluate(model, readable, s, device, out, data_id)
+        if RANK == 0:
+            # The model must be of the videos that `data_id` stands for.
+            for clip in itertools.chain(*readable.values()):
+                if file_id(clip.path) != files[clip.path]:
+                    raise InputError(f"{clip.path} has changed during the run")
+            missing = {split: len(data[split]) - len(readable[split]) for split in splits}
+            result = dict(
+                evaluation=result_rows(*sims, s.interaction), best=best_epoch(out),
+                gallery=len(readable["test"]), missing=missing["test"],
+                missing_train=missing.get("train", 0), data=data_id,
+                machine=f"{WORLD} x {device_name(device)}, torch {torch.__version__}")
+            finish(model, result, s, out)
+    return out
+
+@contextlib.contextmanager
+def own_folder(s, out):
+    """Make the folder of the run and keep other runs out. Only the first process writes."""
+    if RANK > 0:
+        yield
+        return
     with user_errors(out, OSError):
         out.mkdir(parents=True, exist_ok=True)
     with locked(out):
@@ -840,25 +869,17 @@ def run(s, device):
             run_folder(s)  # raises if another run has begun here meanwhile
             with atomic_write(out / "settings.json") as file:
                 file.write(json.dumps(asdict(s), indent=2).encode())
-        sims = train_and_evaluate(model, readable, s, device, out, data_id)
-        for clip in itertools.chain(*readable.values()):
-            if file_id(clip.path) != files[clip.path]:
-                raise InputError(f"{clip.path} has changed during the run")
-
-        missing = {split: len(data[split]) - len(readable[split]) for split in splits}
-        result = dict(
-            evaluation=result_rows(*sims, s.interaction), best=best_epoch(out),
-            gallery=len(readable["test"]), missing=missing["test"],
-            missing_train=missing.get("train", 0), data=data_id,
-            machine=f"{WORLD} x {device_name(device)}, torch {torch.__version__}")
-        with user_errors(out, OSError):
-            if not s.eval_only:
-                model.save(out)
-            with open_log(out) as log:
-                write_line(log, result)
-        remove_checkpoints(out)
+        yield
     (out / "lock").unlink(missing_ok=True)  # filelock leaves it
-    return out
+
+def finish(model, result, s, out):
+    """Save the model and the result, which ends the log. Then no checkpoint is needed."""
+    with user_errors(out, OSError):
+        if not s.eval_only:
+            model.save(out)
+        with open_log(out) as log:
+            write_line(log, result)
+    remove_checkpoints(out)
 
 def make_model(s, out):
     """The model to train or to evaluate, on the CPU."""
@@ -875,7 +896,8 @@ def remove_checkpoints(out):
     for path in checkpoint_paths(out):
         path.unlink()
     folder = out / "checkpoints"
-    # What the user put there stays; the parts that killed writes left go.
+    # Copies that the user made there stay. A file named `part` is what atomic_write left
+    # when it was killed.
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != "part"]
     if not files:
         shutil.rmtree(folder, ignore_errors=True)
@@ -883,7 +905,7 @@ def remove_checkpoints(out):
 def train_and_evaluate(model, data, s, device, out, data_id):
     """-> what `evaluate` returns of the test clips, in the first process."""
     try:
-        at_once = s.micro_batch or s.batch_size // WORLD  # for the error below
+        at_once = s.micro_batch or s.batch_size // WORLD  # videos, for the error below
         model.to(device)
         if s.compile:
             # In place, so that the parameters keep their names.
@@ -980,7 +1002,7 @@ def main(argv=None):
 def handle_signals(handler):
     signal.signal(signal.SIGINT, handler)
     signal.signal(signal.SIGTERM, handler)
-    # The terminal is closed. Windows has no such signal, and nohup ignores it.
+    # SIGHUP comes when the terminal closes. Windows has none, and nohup ignores it.
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         signal.signal(signal.SIGHUP, handler)
 

@@ -121,14 +121,15 @@ def look(model, query, hit, segment):
     """Read the frames of a hit and compare them with the words of the query."""
     try:
         frames = hit_frames(hit, model.config.num_frames, model.image_size, segment)
-        ticks, _, tick, _ = frame_times(hit["path"])
+        timing = frame_times(hit["path"])
     except VideoError as error:
         # The reason alone, without the path on this machine.
         reason = str(error).removeprefix(f"{hit['path']}: ")
         return Look([], [torch.zeros(0, 0)] * 2, [], problem=reason)
     words, before, after = interactions(model, query, frames)
     pictures = [picture_address(frame) for frame in frames]
-    return Look(words, [before.cpu(), after.cpu()], pictures, ticks[0] * tick)
+    first = timing.times[0] * timing.tick
+    return Look(words, [before.cpu(), after.cpu()], pictures, first)
 
 def picture_address(frame):
     """A frame uint8 (3, S, S) -> an address that holds it as a small JPEG."""

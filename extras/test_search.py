@@ -622,9 +622,9 @@ def test_a_moment_and_the_number_of_hits_do_not_depend_on_k(tmp_path, tiny, monk
 
 def test_a_video_of_one_frame_is_found(tmp_path, tiny):
     write_clip(tmp_path / "clips/a.mp4", 1)
-    ticks, _, tick, is_timed = frame_times(tmp_path / "clips/a.mp4")
+    timing = frame_times(tmp_path / "clips/a.mp4")
     def no_length(path):
-        return ticks, ticks[0] + 1, 1e-5, is_timed
+        return timing._replace(end=timing.times[0] + 1, tick=1e-5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(video_index, "frame_times", no_length)
         index, problems = VideoIndex.build(tmp_path / "clips", tiny, tmp_path / "index")

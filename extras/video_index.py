@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from extras.long_videos import seek_frames
 from train import atomic_write, autocast, locked, prefetch, user_errors
-from video_colbert import InputError, VideoError, frame_times, mean_max_sim, sample_times
+from video_colbert import (
+    InputError, Timing, VideoError, frame_times, mean_max_sim, sample_times)
 
 VIDEO_ENDINGS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".3gp",
                  ".flv", ".wmv", ".ts")
@@ -101,27 +102,27 @@ class Piece(NamedTuple):
     """Segments of a video that are decoded in one pass."""
     video: Video
     path: str  # on disk
-    times: tuple  # of frame_times
+    timing: Timing
     spans: list  # of (start, end) in seconds
 
-def video_seconds(times):
+def video_seconds(timing):
     """The length of a video, from its frame_times."""
-    ticks, end, tick, _ = times
-    return max(0.001, round((end - ticks[0]) * tick, 3))
+    ticks = timing.end - timing.times[0]
+    return max(0.001, round(ticks * timing.tick, 3))
 
 def plan_pieces(video, meta, problems):
     """The pieces of a video: none if it cannot be read, and why goes into `problems`."""
     path = os.path.join(meta["root"], video.path)
     try:
-        times = frame_times(path)
+        timing = frame_times(path)
     except VideoError as error:
         problems[path] = str(error)
         return []
-    ticks, _, _, is_timed = times
-    seconds = video_seconds(times)
+    seconds = video_seconds(timing)
     count = segment_count(meta, seconds)
-    if count > len(ticks):
-        problems[path] = (f"{path}: {count} segments of {len(ticks)} frames; its times "
+    frames = len(timing.times)
+    if count > frames:
+        problems[path] = (f"{path}: {count} segments of {frames} frames; its times "
                           "are wrong, or --segment or --stride is too short")
         return []
 
@@ -130,19 +131,19 @@ def plan_pieces(video, meta, problems):
     if count == 1:
         spans = [(0.0, None)]  # to its end, without rounding
     # Where seeking is not exact, each piece is decoded from the video's beginning.
-    size = PIECE if is_timed else 16 * PIECE
-    return [Piece(video, path, times, spans[i:i + size]) for i in range(0, count, size)]
+    size = PIECE if timing.is_timed else 16 * PIECE
+    return [Piece(video, path, timing, spans[i:i + size]) for i in range(0, count, size)]
 
 def read_piece(piece, model, problems):
     """-> the video, and a list of its segments' frames, uint8 (N, 3, S, S). The list is
     empty if they cannot be read, and why goes into `problems`."""
     num_frames, size = model.config.num_frames, model.image_size
     try:
-        wanted = [sample_times(piece.path, piece.times, num_frames, start, end)
+        wanted = [sample_times(piece.path, piece.timing, num_frames, start, end)
                   for start, end in piece.spans]
         # A frame that is in several segments is decoded once.
         ticks, which = np.unique(wanted, return_inverse=True)
-        frames = seek_frames(piece.path, piece.times, ticks, size)
+        frames = seek_frames(piece.path, piece.timing, ticks, size)
     except VideoError as error:
         problems[piece.path] = str(error)
         return piece.video, []
