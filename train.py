@@ -494,7 +494,7 @@ def training_step(model, optimizer, scaler, s, ids, mask, frames, positives):
     backward = backward_at_once
     if 0 < s.micro_batch < len(frames):
         backward = backward_in_parts
-    loss, sim_F, sim_V = backward(model, scaler, s, ids, mask, frames, positives)
+    loss, mms_f, mms_v = backward(model, scaler, s, ids, mask, frames, positives)
     if WORLD > 1:
         sum_gradients(model)
 
@@ -511,15 +511,15 @@ def training_step(model, optimizer, scaler, s, ids, mask, frames, positives):
 
     # Means over the true pairs. Indexing by `positives` would wait for the GPU.
     weight = positives / positives.sum()
-    mms_f, mms_v = (sim_F * weight).sum(), (sim_V * weight).sum()
-    return torch.stack([loss, mms_f, mms_v, norm, scale]).detach()
+    true_f, true_v = (mms_f * weight).sum(), (mms_v * weight).sum()
+    return torch.stack([loss, true_f, true_v, norm, scale]).detach()
 
 def backward_at_once(model, scaler, s, ids, mask, frames, positives):
     """Gradients of a batch that fits into memory -> loss, MMS_F, MMS_V."""
     Q, F, V = encode(model, s, ids, mask, frames)
-    loss, sim_F, sim_V = whole_loss(model, Q, mask, F, V, positives)
+    loss, mms_f, mms_v = whole_loss(model, Q, mask, F, V, positives)
     scaler.scale(loss).backward()
-    return loss, sim_F, sim_V
+    return loss, mms_f, mms_v
 
 def backward_in_parts(model, scaler, s, ids, mask, frames, positives):
     """The same with the activations of few videos at a time: GradCache (Gao et al. 2021).
@@ -540,7 +540,7 @@ def backward_in_parts(model, scaler, s, ids, mask, frames, positives):
         V.append(v.requires_grad_())
 
     # 2. The loss of the whole batch gives the gradient of each embedding.
-    loss, sim_F, sim_V = whole_loss(
+    loss, mms_f, mms_v = whole_loss(
         model, torch.cat(Q), mask, torch.cat(F), torch.cat(V), positives)
     scaler.scale(loss).backward()
 
@@ -548,7 +548,7 @@ def backward_in_parts(model, scaler, s, ids, mask, frames, positives):
     for part, q, f, v in zip(parts, Q, F, V):
         embeddings = encode(model, s, *part)
         torch.autograd.backward(embeddings, (q.grad, f.grad, v.grad))
-    return loss, sim_F, sim_V
+    return loss, mms_f, mms_v
 
 def whole_loss(model, Q, mask, F, V, positives):
     """compute_loss with the embeddings of all processes."""
@@ -640,15 +640,15 @@ def log_evaluations(log, epoch, model, data, s, device):
     """After an epoch: the validation set, and every --eval-every epochs the test set."""
     for split, every in (("val", 1), ("test", s.eval_every)):
         if data[split] and every and (epoch + 1) % every == 0:
-            sim_F, sim_V, target = evaluate(model, data[split], s, device)
-            metrics = retrieval_metrics(mms_fv(sim_F, sim_V), target)
+            mms_f, mms_v, target = evaluate(model, data[split], s, device)
+            metrics = retrieval_metrics(mms_fv(mms_f, mms_v), target)
             write_line(log, dict(epoch=epoch, split=split, **metrics))
 
 def write_log(log, bar, unread):
     """Log the steps since the last call. Raises FloatingPointError if one has failed."""
     for line, numbers in unread:
-        loss, mms_f, mms_v, norm, loss_scale = numbers.tolist()
-        line.update(loss=loss, MMS_F=mms_f, MMS_V=mms_v, grad_norm=norm)
+        loss, true_f, true_v, norm, loss_scale = numbers.tolist()
+        line.update(loss=loss, MMS_F=true_f, MMS_V=true_v, grad_norm=norm)
         # In fp16, gradients may overflow until the loss scale is small enough. The scaler
         # skips these steps and halves the scale. Without fp16, the scale is 1.
         if loss_scale > 1 and not math.isfinite(norm):
@@ -656,7 +656,7 @@ def write_log(log, bar, unread):
         elif not math.isfinite(loss + norm):
             step = line["step"]
             raise FloatingPointError(f"loss {loss}, gradient norm {norm} in step {step}")
-        bar.set_postfix(loss=f"{loss:.3f}", MMS_F=f"{mms_f:.3f}", MMS_V=f"{mms_v:.3f}")
+        bar.set_postfix(loss=f"{loss:.3f}", MMS_F=f"{true_f:.3f}", MMS_V=f"{true_v:.3f}")
         write_line(log, line)
 
 def open_log(out, end=None):
@@ -761,22 +761,22 @@ def evaluate(model, clips, s, device):
 
     # A few queries at a time, because each token is compared with each frame.
     captions = [caption for clip in clips for caption in clip.captions]
-    sim_F, sim_V = [], []
+    mms_f, mms_v = [], []
     for i in range(0, len(captions), size):
         ids, mask = model.tokenize(captions[i:i + size])
         ids, mask = ids.to(device), mask.to(device)
         with autocast(device, s.precision):
             Q = model.encode_query(ids, mask)
-        mms_f, mms_v = model.similarities(Q, mask, F, V)
-        sim_F.append(mms_f.cpu())
-        sim_V.append(mms_v.cpu())
+        some_f, some_v = model.similarities(Q, mask, F, V)
+        mms_f.append(some_f.cpu())
+        mms_v.append(some_v.cpu())
     counts = torch.tensor([len(clip.captions) for clip in clips])
     target = torch.arange(len(clips)).repeat_interleave(counts)
-    return torch.cat(sim_F), torch.cat(sim_V), target
+    return torch.cat(mms_f), torch.cat(mms_v), target
 
-def result_rows(sim_F, sim_V, target, interaction="mms"):
+def result_rows(mms_f, mms_v, target, interaction="mms"):
     """Metrics of Table 3's scores, text to video and video to text -> a list of dicts."""
-    sims = [sim_F, sim_V, mms_fv(sim_F, sim_V)]
+    sims = [mms_f, mms_v, mms_fv(mms_f, mms_v)]
     to_text = [video_to_text(sim, target) for sim in sims]
     diagonal = torch.arange(len(to_text[0]))  # the true pairs
     return (score_rows("text to video", sims, target, interaction)
@@ -784,9 +784,9 @@ def result_rows(sim_F, sim_V, target, interaction="mms"):
 
 def score_rows(direction, sims, target, interaction):
     name = interaction.upper()
-    sim_F, sim_V, sim_FV = sims
-    scores = {f"{name}_F": sim_F, f"{name}_V": sim_V, f"{name}_FV": sim_FV,
-              "RRF": reciprocal_rank_fusion(sim_F, sim_V)}
+    mms_f, mms_v, both = sims
+    scores = {f"{name}_F": mms_f, f"{name}_V": mms_v, f"{name}_FV": both,
+              "RRF": reciprocal_rank_fusion(mms_f, mms_v)}
     rows = []
     for score, sim in scores.items():
         row = dict(score=score, direction=direction, queries=len(sim))

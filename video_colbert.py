@@ -144,7 +144,7 @@ def load_backbone(name, pretrained):
         if pretrained not in ("auto", "none", None):
             raise InputError("the tiny backbone has no pretrained weights")
         model = open_clip.CustomTextCLIP(**TINY)
-        # Otherwise patch embeddings swamp the positions.
+        # Otherwise patch embeddings swamp the positions; 4 was found by trial.
         model.visual.positional_embedding.data *= 4
         return model, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 
@@ -241,7 +241,7 @@ class TemporalTransformer(nn.Module):
 
         # Frame positions start as the text encoder's first ones, as in CLIP4Clip, DRL,
         # X-CLIP and UATVR (the paper is silent). The tiny model is untrained, and learns
-        # motion faster from positions that are as large as its features.
+        # motion faster from larger positions; 0.9 was found by trial.
         positions = text.positional_embedding[:config.num_frames].detach().clone()
         if config.backbone == "tiny":
             positions = 0.9 * torch.randn_like(positions)
@@ -411,18 +411,18 @@ class VideoColBERT(nn.Module):
     def compute_loss(self, Q, mask, F, V, positives=None):
         """Takes what `similarities` takes, and positives (A, B), by default the diagonal
         -> loss, MMS_F (A, B), MMS_V (A, B)."""
-        sim_F, sim_V = self.similarities(Q, mask, F, V)
+        mms_f, mms_v = self.similarities(Q, mask, F, V)
         criterion = LOSSES[self.config.loss]
         scale, bias = self.logit_scale, self.logit_bias
 
         if self.config.loss_form == "combined":
-            loss = criterion(mms_fv(sim_F, sim_V), positives, scale, bias)
+            loss = criterion(mms_fv(mms_f, mms_v), positives, scale, bias)
         else:
             # Equation 7: each level has its own loss, so each must rank well alone.
-            loss_F = criterion(sim_F, positives, scale, bias)
-            loss_V = criterion(sim_V, positives, scale, bias)
+            loss_F = criterion(mms_f, positives, scale, bias)
+            loss_V = criterion(mms_v, positives, scale, bias)
             loss = self.config.lambda_frame * loss_F + self.config.lambda_video * loss_V
-        return loss, sim_F, sim_V
+        return loss, mms_f, mms_v
 
     def forward(self, ids, mask, frames, positives=None):
         """A batch's loss, MMS_F and MMS_V; arguments as above."""
@@ -631,6 +631,6 @@ def video_to_text(sim, target):
     best = torch.stack([sim[target == video].amax(dim=0) for video in videos])  # (G, B)
     return best[:, videos].T  # best has captions as rows
 
-def reciprocal_rank_fusion(sim_F, sim_V, k=60):
+def reciprocal_rank_fusion(mms_f, mms_v, k=60):
     """Similarities (A, B) twice -> the sum of 1 / (k + rank), (A, B) (section 6)."""
-    return 1 / (k + ranks(sim_F).double()) + 1 / (k + ranks(sim_V).double())
+    return 1 / (k + ranks(mms_f).double()) + 1 / (k + ranks(mms_v).double())
