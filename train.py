@@ -60,7 +60,7 @@ class Settings(Config):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # fp32 on a CPU
     lr_pretrained: float = 1e-7  # learning rate of the pre-trained encoders (Table 9)
     lr: float = 1e-4  # learning rate of everything new (Table 9)
-    weight_decay: float = 0.01  # AdamW's; none for biases and norms (Table 9)
+    weight_decay: float = 0.01  # as AdamW's; none for biases and norms (Table 9)
     warmup: float = 0.1  # share of the steps in which the rate rises (Table 9)
     max_grad_norm: float = 1.0  # clips gradients to this norm; 0: no clipping (Table 9)
     seed: int = 0  # of the weights and of the order of the clips
@@ -73,7 +73,7 @@ class Settings(Config):
     eval_only: str = ""  # evaluate the model of this run, on --data if it is given
     allow_missing: bool = False  # leave out clips that cannot be read
 
-# What --resume and --eval-only may change. Data may move, but must be the same.
+# What --resume and --eval-only may change. The data of a resumed run must be the same.
 MAY_CHANGE = {"data", "root", "out", "cache", "device", "micro_batch", "workers",
               "checkpoint_every", "eval_every", "resume", "eval_only", "allow_missing"}
 
@@ -98,11 +98,11 @@ def parse_settings(argv):
     """Command line -> Settings. A flag that is not given has the value of the run that is
     resumed or evaluated, or else of default_settings."""
     # tyro needs the defaults before it parses, and they depend on these flags.
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    preparser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--data", "--backbone", "--loss", "--resume"):
-        first.add_argument(flag, default="")
-    first.add_argument("--eval-only", "--eval_only", default="")  # tyro takes both, too
-    typed, _ = first.parse_known_args(argv)
+        preparser.add_argument(flag, default="")
+    preparser.add_argument("--eval-only", "--eval_only", default="")  # as tyro does
+    typed, _ = preparser.parse_known_args(argv)
     if typed.resume and typed.eval_only:
         raise InputError("--resume and --eval-only exclude each other")
 
@@ -114,37 +114,36 @@ def parse_settings(argv):
             default = replace(saved, root="")  # it was the folder of the other data
     else:
         default = default_settings(typed.data, typed.backbone, typed.loss)
-    # tyro's own message does not mention --no-freeze.
+    # tyro's own message for --freeze False does not mention --no-freeze.
     values = [arg.split("=")[-1] for arg in argv]
     if "True" in values or "False" in values:
         raise InputError("do not write True or False, but --freeze or --no-freeze")
     s = tyro.cli(Settings, args=argv, default=default, description=__doc__.splitlines()[0])
     check_settings(s)
     if folder:
-        fixed = asdict(saved)
-        if s.eval_only:
-            del fixed["precision"]  # an evaluation may use another
-        refuse_changes(s, fixed, folder)
+        refuse_changes(s, asdict(saved), folder)
     return s
 
 def refuse_changes(s, saved, folder):
     """Raise InputError if `s` differs from `saved`, a dictionary of a run's settings."""
-    # In JSON a tuple is a list.
+    # A setting of yours that is a tuple is a list in the JSON file.
     settings = json.loads(json.dumps(asdict(s)))
     for name in saved.keys() - MAY_CHANGE:
+        if name == "precision" and s.eval_only:
+            continue  # an evaluation may use another
         if settings.get(name) != saved[name]:
             raise InputError(f"cannot change {name} of {folder}: {saved[name]}")
 
 def check_settings(s):
     """Raise InputError for numbers that make no sense, NaN and infinity among them."""
-    minimum = dict(logit_scale=-100, logit_bias=-1e6, batch_size=1, workers=1,
-                   captions_per_video=1, checkpoint_every=1)
-    for name, value in asdict(s).items():
-        if not isinstance(value, (int, float)):
-            continue
-        # Most numbers are at least 0. A setting of your own may start below 0.
-        can_be_negative = getattr(Settings, name) < 0
-        lowest = minimum.get(name, -2 ** 63 if can_be_negative else 0)
+    # The model checks its other settings itself.
+    at_least = dict(
+        epochs=0, batch_size=1, captions_per_video=1, micro_batch=0, workers=1,
+        lr_pretrained=0, lr=0, weight_decay=0, warmup=0, max_grad_norm=0, seed=0,
+        checkpoint_every=1, eval_every=0, lambda_frame=0, lambda_video=0,
+        logit_scale=-100, logit_bias=-1e6)
+    for name, lowest in at_least.items():
+        value = getattr(s, name)
         # torch takes seeds below 2 ** 63. NaN is not in this range either.
         if not lowest <= value < 2 ** 63:
             raise InputError(f"--{name.replace('_', '-')} cannot be {value}")
@@ -189,7 +188,8 @@ class Clip:
         captions = self.captions if isinstance(self.captions, list) else []
         if not captions or not all(isinstance(x, str) and x.strip() for x in captions):
             raise ValueError("expected a list of captions that are not blank")
-        # JSON may hold half a character, as \ud83d, which no tokenizer takes.
+        # JSON can hold half a character, such as \ud83d. No tokenizer takes it, and
+        # encode() raises a ValueError.
         " ".join(captions).encode()
         end = math.inf if self.end is None else self.end
         are_numbers = all(type(x) in (int, float) for x in (self.start, end))
@@ -232,7 +232,7 @@ def load_clips(s):
 def json_records(path):
     """Lines {"video": path, "captions": [...], "split": "train", "val" or "test"}, and
     perhaps "start" and "end" in seconds. Paths are absolute or relative to the file."""
-    lines = read_file(path, list)
+    lines = read_file(path, list)  # list(file) is its lines
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -308,7 +308,7 @@ def cached_frames(clip, num_frames, size, cache):
     key = [CACHE_VERSION, os.path.abspath(clip.path), file_id(clip.path), clip.start,
            clip.end, num_frames, size]
     with contextlib.suppress(OSError):
-        # file_id misses changes beyond the first 64 KB.
+        # file_id misses changes beyond the first 64 KB. A copy may keep the time.
         key.append(os.stat(clip.path).st_mtime_ns)
     path = Path(cache, hashlib.sha1(json.dumps(key).encode()).hexdigest())
     shape = (num_frames, 3, size, size)
@@ -380,7 +380,7 @@ def prefetch(function, items, threads):
 def epoch_examples(clips, s, epoch):
     """A list of (index of a clip, indices of k of its captions) in random order, where k is
     captions_per_video. Each caption is used once. If a clip has too few for its last
-    example, that takes the clip's first captions again."""
+    example, that is filled up from the beginning of the shuffled captions."""
     rng = np.random.default_rng([s.seed, epoch])
     k = s.captions_per_video
     examples = []
@@ -408,13 +408,14 @@ def load_batch(batch, clips, s, model):
 
 def positive_pairs(clips, batch):
     """Which captions of a batch describe which of its videos -> bool (A, B). A caption
-    describes its own video, wherever it is in the batch, and those of equal captions."""
+    describes its own video, which may be in the batch twice, and each video that has the
+    same caption in this batch."""
     captions = [(v, clips[v].captions[c]) for v, chosen in batch for c in chosen]
-    described = {}  # the videos that each text describes
+    videos_of_text = {}
     for v, text in captions:
-        described.setdefault(text, []).append(v)
+        videos_of_text.setdefault(text, []).append(v)
     videos = np.array([v for v, _ in batch])  # (B,)
-    rows = [np.isin(videos, described[text]) for _, text in captions]  # A rows (B,)
+    rows = [np.isin(videos, videos_of_text[text]) for _, text in captions]
     return torch.from_numpy(np.stack(rows))
 
 # ---- Optimizer (section 5.2, Table 9)
@@ -444,8 +445,9 @@ def schedule(step, steps, warmup):
         return (step + 1) / rise
     return (steps - step) / (steps - rise)
 
-# ---- Several processes (torchrun): each encodes its share, all see the whole loss.
-# Not DistributedDataParallel, which averages gradients: here each is a part of a sum.
+# ---- Several processes (torchrun)
+# Each encodes its share of a batch, and computes the loss of the whole batch. Gradients flow
+# to its own share only, so they are added, not averaged as in DistributedDataParallel.
 def rank_slice(items):
     """The part of a list that this process works on."""
     return items[len(items) * RANK // WORLD:len(items) * (RANK + 1) // WORLD]
@@ -501,7 +503,8 @@ def training_step(model, optimizer, scaler, s, ids, mask, frames, positives):
     scaler.unscale_(optimizer)
     max_norm = s.max_grad_norm or math.inf
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    # The loss scale, 1 without fp16, for the log. get_scale() would wait for the GPU.
+    # Scaling 1 tells the loss scale without waiting for the GPU, unlike get_scale(). It
+    # is 1 without fp16.
     scale = scaler.scale(torch.ones_like(norm))
     scaler.step(optimizer)  # skipped in fp16 if a gradient overflows
     scaler.update()
@@ -567,7 +570,8 @@ def pick_dtype(device, precision):
     if precision == "auto" and device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if has_bf16 else "fp16"
-    return dict(bf16=torch.bfloat16, fp16=torch.float16).get(precision, torch.float32)
+    dtypes = dict(bf16=torch.bfloat16, fp16=torch.float16)
+    return dtypes.get(precision, torch.float32)  # also auto without CUDA
 
 def autocast(device, precision="auto"):
     dtype = pick_dtype(device, precision)
@@ -590,8 +594,8 @@ def train(model, data, s, device, out, data_id):
     scaler = make_scaler(device, s.precision)
     state = dict(model=model, optimizer=optimizer, scaler=scaler)
     first, log_end = restore(out, state, data_id, s)
-    # The log is cut back to the checkpoint.
-    log = open(os.devnull, "a") if RANK else open_log(out, log_end)
+    # Only the first process logs. The log is cut back to the checkpoint.
+    log = open(os.devnull, "a") if RANK > 0 else open_log(out, log_end)
 
     # A signal only asks to stop, so that no step is cut short.
     stop = threading.Event()
@@ -621,6 +625,7 @@ def train(model, data, s, device, out, data_id):
                 write_log(log, bar, unread)
                 unread = []
 
+            # The other processes wait in their next step.
             if ends_epoch and RANK == 0:
                 log_evaluations(log, epoch, model, data, s, device)
             if saves and RANK == 0:
@@ -649,8 +654,8 @@ def write_log(log, bar, unread):
     for line, numbers in unread:
         loss, true_f, true_v, norm, loss_scale = numbers.tolist()
         line.update(loss=loss, MMS_F=true_f, MMS_V=true_v, grad_norm=norm)
-        # In fp16, gradients may overflow until the loss scale is small enough. The scaler
-        # skips these steps and halves the scale. Without fp16, the scale is 1.
+        # In fp16, gradients may overflow: the scaler skips the step and halves its scale.
+        # At scale 1, and so without fp16, it is a failure.
         if loss_scale > 1 and not math.isfinite(norm):
             line.update(grad_norm=None, loss_scale=loss_scale)
         elif not math.isfinite(loss + norm):
@@ -682,7 +687,7 @@ def checkpoint_paths(out):
 def save_checkpoint(out, step, log_end, state, data_id, s):
     """Write out/checkpoints/step-N.pt after N steps, and keep the one before it."""
     content = {name: part.state_dict() for name, part in state.items()}
-    # A dropout layer that you add would use torch's generator, `rng`.
+    # A dropout layer that you add would use torch's generator `rng`, on a CPU.
     content |= dict(step=step, log_end=log_end, data=data_id,
                     settings=json.dumps(asdict(s)), rng=torch.get_rng_state())
     path = out / "checkpoints" / f"step-{step:08d}.pt"
@@ -691,7 +696,7 @@ def save_checkpoint(out, step, log_end, state, data_id, s):
     torch.save(content, buffer)
     with atomic_write(path) as file:
         file.write(buffer.getbuffer())
-    # Later ones, of a run that fell back to this step, are damaged.
+    # Later ones do not count: they are the damaged ones that load_checkpoint skipped.
     older = [other for other in checkpoint_paths(out) if other < path]
     for other in older[:-1]:
         other.unlink()
@@ -702,11 +707,12 @@ def load_checkpoint(out):
     for path in reversed(paths):
         try:
             # It is a zip file, which has a checksum of each tensor.
-            if zipfile.ZipFile(path).testzip() is None:
-                return torch.load(path, map_location="cpu", weights_only=True)
+            if zipfile.ZipFile(path).testzip():
+                raise ValueError("a checksum is wrong")
+            return torch.load(path, map_location="cpu", weights_only=True)
         except Exception:
-            pass  # damage shows in many ways
-        print(f"{path} is damaged; trying the one before it")
+            # Damage shows in many ways.
+            print(f"{path} is damaged; trying the one before it")
     if paths:
         raise InputError(f"all checkpoints in {out} are damaged: start a new run")
 
@@ -714,7 +720,7 @@ def restore(out, state, data_id, s):
     """Load the last checkpoint -> its step and the log's length, or 0, 0 without one."""
     content = load_checkpoint(out)
     if content is None:
-        # A finished run has no checkpoints, but its log should end with a result.
+        # The run is finished, but no result was found in its log.
         if (out / "model.safetensors").exists():
             raise InputError(f"{out} holds a model, but its log is damaged: start a new run")
         return 0, 0
@@ -733,7 +739,7 @@ def atomic_write(path):
     """Open a file that gets its name when it is complete, and make its folder."""
     with user_errors(path, OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        with tempfile.TemporaryDirectory(prefix="part-", dir=path.parent) as folder:
             with open(f"{folder}/part", "wb") as file:
                 yield file
                 file.flush()
@@ -741,14 +747,16 @@ def atomic_write(path):
             os.replace(f"{folder}/part", path)
 
 # ---- Evaluation (section 5.3, Table 3)
-EVAL_BATCH = 32  # videos or queries at a time
+def eval_batch_size(s):
+    """Videos, or queries, that are evaluated at a time."""
+    return min(s.micro_batch or 32, 32)
 
 @torch.compiler.set_stance("force_eager")  # --compile is for the shapes of training only
 @torch.no_grad()
 def evaluate(model, clips, s, device):
     """Every caption against every clip -> MMS_F (A, B), MMS_V (A, B), target (A,)."""
     model.eval()
-    size = min(s.micro_batch or EVAL_BATCH, EVAL_BATCH)
+    size = eval_batch_size(s)
     parts = [clips[i:i + size] for i in range(0, len(clips), size)]
     load = partial(load_frames, s=s, size=model.image_size)
     F, V = [], []
@@ -817,6 +825,8 @@ def run(s, device):
     """Train and evaluate as the settings say -> the folder of the run."""
     # Missing or malformed data are found before any weights are fetched.
     out = run_folder(s)
+    if not s.resume:
+        check_is_new(out)
     data = load_clips(s)
     data_id = data_hash(data)
     trains = s.epochs > 0 and not s.eval_only
@@ -866,7 +876,7 @@ def own_folder(s, out):
         out.mkdir(parents=True, exist_ok=True)
     with locked(out):
         if not s.resume:
-            run_folder(s)  # raises if another run has begun here meanwhile
+            check_is_new(out)  # another run may have begun here meanwhile
             with atomic_write(out / "settings.json") as file:
                 file.write(json.dumps(asdict(s), indent=2).encode())
         yield
@@ -896,11 +906,12 @@ def remove_checkpoints(out):
     for path in checkpoint_paths(out):
         path.unlink()
     folder = out / "checkpoints"
-    # Copies that the user made there stay. A file named `part` is what atomic_write left
-    # when it was killed.
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "part"]
-    if not files:
-        shutil.rmtree(folder, ignore_errors=True)
+    # A write that is killed leaves its part.
+    for part in folder.glob("part-*"):
+        shutil.rmtree(part, ignore_errors=True)
+    # If the user made copies there, the folder stays.
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 def train_and_evaluate(model, data, s, device, out, data_id):
     """-> what `evaluate` returns of the test clips, in the first process."""
@@ -912,26 +923,28 @@ def train_and_evaluate(model, data, s, device, out, data_id):
             visual, text = model.backbone.visual, model.backbone.text
             for module in (visual, text.transformer, model.temporal):
                 module.compile()
-        if "train" in data:
+        if "train" in data:  # not with --eval-only or --epochs 0
             train(model, data, s, device, out, data_id)
         if RANK == 0:
-            at_once = min(s.micro_batch or EVAL_BATCH, EVAL_BATCH)
+            at_once = eval_batch_size(s)
             return evaluate(model, data["test"], s, device)
     except torch.OutOfMemoryError:
         raise InputError(f"{at_once} videos at a time are too many for {device}: use "
                          f"--resume {out} --micro-batch {max(1, at_once // 2)}") from None
 
 def run_folder(s):
-    """The folder of a new run, which must be empty, or of the one to resume."""
+    """The folder of a new run, or of the one to resume."""
     if s.resume:
         return Path(s.resume)
     if s.eval_only and not read_result(s.eval_only):
         raise InputError(f"{s.eval_only} is not finished: use --resume {s.eval_only}")
     suffix = "-eval" if s.eval_only else ""
-    out = Path(s.out or f"runs/{Path(s.data).stem}{suffix}")
+    return Path(s.out or f"runs/{Path(s.data).stem}{suffix}")
+
+def check_is_new(out):
+    """Raise InputError if the folder holds anything but the lock of a run."""
     if any(path.name != "lock" for path in out.glob("*")):
         raise InputError(f"{out} exists: give a new --out, or --resume {out}")
-    return out
 
 def read_log(out):
     """The lines of a run's log that are whole; none if it has not begun."""

@@ -14,6 +14,7 @@ width of the joint embedding. Section, equation and table numbers are the paper'
 import contextlib
 import copy
 import difflib
+import itertools
 import json
 import math
 import os
@@ -46,8 +47,8 @@ class VideoError(InputError):
 class Config:
     # A CLIP or SigLIP model of open_clip (section 5.2), or "tiny" for a CPU.
     backbone: str = "ViT-B-32-quickgelu"
-    # An open_clip tag, a file, or none (None is the same); auto is OpenAI's weights for
-    # CLIP and WebLI's for SigLIP (5.2).
+    # An open_clip tag, a file, or none; auto is OpenAI's CLIP or WebLI's SigLIP (5.2).
+    # In Python, None means none, too.
     pretrained: str | None = "auto"
     num_frames: int = 12  # frames per video (section 5.2, Table 7)
     num_tokens: int = 32  # tokens per query (5.2); SigLIP uses all it has, 64
@@ -100,8 +101,8 @@ def diagonal(sim):
 def sigmoid_loss(sim, positives=None, logit_scale=4.77, logit_bias=-12.93):
     """Equation 6 on similarities (A, B) -> a sum over videos, averaged over queries.
 
-    The paper prints 1 / (1 + exp(z (-t x + b))), which is sigmoid(z (t x - b)). SigLIP's
-    code, which uses b = -12.93, adds the bias instead: sigmoid(z (t x + b))."""
+    The paper prints 1 / (1 + exp(z (-t x + b))), which is sigmoid(z (t x - b)). Here b is
+    added, sigmoid(z (t x + b)), as in SigLIP's code, for which b = -12.93 was learned."""
     if positives is None:
         positives = diagonal(sim)
     z = torch.where(positives, 1.0, -1.0)  # (A, B)
@@ -111,8 +112,8 @@ def sigmoid_loss(sim, positives=None, logit_scale=4.77, logit_bias=-12.93):
 
 def info_nce_loss(sim, positives=None, logit_scale=4.6052, logit_bias=0.0):
     """The baseline of section 4.3 on similarities (A, B) -> the mean of both directions.
-    If a row or column has several positives, they share its target equally. `logit_bias`
-    has no effect."""
+    If a row or column has several positives, they share its target equally. All
+    losses take a `logit_bias`; here it has no effect."""
     if positives is None:
         positives = diagonal(sim)
     t = torch.as_tensor(logit_scale, dtype=sim.dtype).exp()  # exp(4.6052) = 100
@@ -138,8 +139,8 @@ def load_backbone(name, pretrained):
     """-> an open_clip model, and the pixel mean and std that its weights expect. Raises
     InputError for a name or weights that cannot be used.
 
-    open_clip.create_model would not do: it cannot read OpenAI's own files, takes weights of
-    other picture sizes without a word, and only warns about QuickGELU."""
+    open_clip.create_model would not do: it cannot read OpenAI's .pt archives, resizes the
+    positions of other picture sizes in silence, and only warns about QuickGELU."""
     if name == "tiny":
         if pretrained not in ("auto", "none", None):
             raise InputError("the tiny backbone has no pretrained weights")
@@ -151,12 +152,12 @@ def load_backbone(name, pretrained):
     config = backbone_config(name)
     model = open_clip.CustomTextCLIP(**config)
     tags = open_clip.list_pretrained_tags_by_model(name)
-    auto_tag = "webli" if "webli" in tags else "openai"
+    usual = "webli" if "webli" in tags else "openai"
     if pretrained == "auto":
-        pretrained = auto_tag
+        pretrained = usual
     is_tag = pretrained in tags
-    # A file does not tell its mean and std: those of the usual weights are assumed.
-    info = open_clip.get_pretrained_cfg(name, pretrained if is_tag else auto_tag)
+    # A file does not tell its mean and std: take those of the usual weights.
+    info = open_clip.get_pretrained_cfg(name, pretrained if is_tag else usual)
     mean = info.get("mean", open_clip.OPENAI_DATASET_MEAN)
     std = info.get("std", open_clip.OPENAI_DATASET_STD)
     if pretrained in (None, "none"):
@@ -169,8 +170,7 @@ def load_backbone(name, pretrained):
         file = open_clip.download_pretrained(info) if is_tag else pretrained
         load_weights(model, file)
     except Exception as error:
-        # Network, hub and file can fail in many ways. What a damaged file raises would
-        # not help.
+        # Network, hub and file can fail in many ways. Only these errors have clear texts.
         is_clear = isinstance(error, (OSError, ValueError))
         reason = shorten(str(error), 150) if is_clear else "not a whole file of weights"
         raise InputError(
@@ -185,22 +185,22 @@ def backbone_config(name):
         similar = difflib.get_close_matches(name, ["tiny", *open_clip.list_models()])
         raise InputError(f"unknown backbone {name!r}; similar names: {', '.join(similar)}")
     text = config["text_cfg"]
-    tokenizer = text.get("hf_tokenizer_name", "CLIP's own")
-    is_known_tokenizer = tokenizer == "CLIP's own" or "SigLIP" in tokenizer
     is_resnet = isinstance(config["vision_cfg"].get("layers"), list)
     is_coca = "multimodal_cfg" in config
+    tokenizer = text.get("hf_tokenizer_name")  # None is CLIP's own
+    knows_tokenizer = tokenizer is None or "SigLIP" in tokenizer
     # The temporal layers are text layers, so these must be as wide as the embedding.
     has_same_width = text.get("width") == config["embed_dim"]
     # encode_query projects each token.
     has_projection = text.get("proj_type") != "none"
-    is_like_clip = is_known_tokenizer and has_same_width and has_projection
+    is_like_clip = knows_tokenizer and has_same_width and has_projection
     if is_resnet or is_coca or not is_like_clip:
         raise InputError(f"backbone {name!r} is not supported: not built like CLIP")
     config.pop("custom_text", None)  # CustomTextCLIP takes no such argument
     return config
 
 # open_clip's checkpoints may hold NumPy numbers, such as the epoch. torch's safe loader
-# must be told of their types. NumPy 1 had another name for `scalar`, hence the pair.
+# must be told of their types. The pair is a type and the name that NumPy 1 wrote for it.
 scalar = np._core.multiarray.scalar
 NUMPY_NUMBERS = [scalar, (scalar, "numpy.core.multiarray.scalar"),
                  np.dtype, np.dtypes.Int64DType, np.dtypes.Float64DType]
@@ -223,6 +223,7 @@ def load_weights(model, file):
         # VideoColBERT does not use logit_scale and logit_bias.
         if not fits and not name.startswith("logit_"):
             raise ValueError(f"it has no {name} of shape {tuple(tensor.shape)}")
+    # Not strict, because the file may hold more.
     model.load_state_dict(weights, strict=False)
 
 # ---- Temporal transformer (sections 4.1, 4.2)
@@ -300,6 +301,7 @@ class VideoColBERT(nn.Module):
             if value not in allowed:
                 raise InputError(f"{name} must be {' or '.join(allowed)}, not {value}")
 
+        # At least the start, a word and the end.
         if not 3 <= self.num_tokens <= context_length:
             raise InputError(f"num_tokens must be 3 to {context_length}")
         # Frame positions are copied from the text's, which are no more than this.
@@ -338,7 +340,8 @@ class VideoColBERT(nn.Module):
         """A strings -> ids int64 (A, M), mask bool (A, M) of the tokens that count.
 
         With query augmentation (section 4.2) all count, without it all but the pads. With
-        mean pooling only the pooled token counts. A caption that is cut keeps its end."""
+        mean pooling only the pooled token counts. A caption that is too long is cut, but
+        keeps its end token."""
         ids = self.tokenizer(texts, context_length=self.num_tokens)  # (A, M)
         real = self.real_tokens(ids)
         if not self.is_siglip:
@@ -346,9 +349,8 @@ class VideoColBERT(nn.Module):
 
         if self.config.interaction == "mp":
             # CLIP pools the end token, the last real one; SigLIP pools the last of all.
-            last = real.sum(dim=1) - 1  # (A,)
-            if self.is_siglip:
-                last[:] = self.num_tokens - 1
+            tokens = torch.ones_like(real) if self.is_siglip else real
+            last = tokens.sum(dim=1) - 1  # (A,)
             mask = one_hot(last, self.num_tokens).bool()
         elif self.config.query_augmentation:
             mask = torch.ones_like(real)
@@ -358,8 +360,8 @@ class VideoColBERT(nn.Module):
 
     def encode_query(self, ids, mask):
         """ids, mask (A, M) from tokenize -> Q (A, M, d): unit vectors, and 0 for tokens
-        that do not count, for libraries that take no mask. open_clip projects one token;
-        here all are projected."""
+        that do not count, so that a sum over tokens needs no mask (extras/export.py).
+        open_clip projects one token; here all are projected."""
         text = self.backbone.text
         M = ids.shape[1]
         x = text.token_embedding(ids) + text.positional_embedding[:M]  # (A, M, d)
@@ -436,6 +438,7 @@ class VideoColBERT(nn.Module):
         # train.py's Settings have more fields than Config, which are not the model's.
         config = {field.name: getattr(self.config, field.name) for field in fields(Config)}
         Path(folder, "config.json").write_text(json.dumps(config, indent=2))
+        # save_file's error for a full disk would be unclear.
         weights = safetensors.torch.save(self.state_dict())
         Path(folder, "model.safetensors").write_bytes(weights)
 
@@ -455,10 +458,10 @@ class VideoColBERT(nn.Module):
 
 # ---- Frames of a video file (section 5.2)
 def sample_frames(path, num_frames, size, start=0.0, end=None):
-    """TSN-style sampling of a video, or of its part from `start` to `end` in seconds: the
-    frame on screen in the middle (the paper is silent on where) of each of `num_frames`
-    equal segments -> uint8 RGB (num_frames, 3, size, size), resized without keeping the
-    aspect ratio. Seconds count from the first frame. Raises VideoError."""
+    """TSN-style sampling: cut a video, or its part from `start` to `end` in seconds, into
+    `num_frames` equal segments, and take the frame on screen in the middle of each (where
+    in it, the paper does not say) -> uint8 RGB (num_frames, 3, size, size), resized without
+    keeping the aspect ratio. Seconds count from the first frame. Raises VideoError."""
     timing = frame_times(path)
     wanted = sample_times(path, timing, num_frames, start, end)
     return frames_at(path, timing, wanted, size)
@@ -487,6 +490,7 @@ def open_video(path):
             # A format has several names, such as "mov,mp4,m4a".
             timed_formats = ("mov", "matroska", "mpegts", "flv")
             yield container, stream, container.format.name.startswith(timed_formats)
+    # Also errors in the body of `with`, where frames are decoded.
     except (av.FFmpegError, OSError) as error:
         raise VideoError(f"{path}: {error.strerror or error}") from None
 
@@ -496,38 +500,40 @@ def decode(path, start=None):
         if start is not None:
             container.seek(start, stream=stream)
         for number, frame in enumerate(container.decode(stream)):
+            # Files that are not timed are never read from the middle.
             time = frame.pts if is_timed else number
             if time is not None:
                 yield time, frame
 
 def frame_times(path):
     """-> Timing. Only files that store no times are decoded for it."""
-    frames, latest = [], -math.inf
+    times, durations, decoding_times = [], [], []
     with open_video(path) as (container, stream, is_timed):
         # Where the file tells no frame rate, 25 a second are assumed.
-        tick = stream.time_base if is_timed else 1 / (stream.average_rate or 25)
+        tick = float(stream.time_base if is_timed else 1 / (stream.average_rate or 25))
         for packet in container.demux(stream):
-            # An edit list discards frames, and the last packet is empty.
-            if not packet.size or packet.is_discard:
-                continue
-            frames.append((packet.pts, packet.duration))
-            if is_timed and packet.dts is not None:
-                # Times of decoding rise, unless several files were joined into one.
-                if (latest - packet.dts) * tick > 1:
-                    raise VideoError(f"{path}: its times start again in the middle")
-                latest = packet.dts
-    if not is_timed or any(time is None for time, _ in frames):
-        frames = [(time, 0) for time, _ in decode(path)]  # of unknown duration
-    if not frames:
+            # The last packet is empty, and an edit list discards some.
+            if packet.size and not packet.is_discard:
+                times.append(packet.pts)
+                durations.append(packet.duration)
+                if packet.dts is not None:
+                    decoding_times.append(packet.dts)
+
+    if not is_timed or None in times:
+        times = [time for time, _ in decode(path)]
+        durations = [0] * len(times)  # unknown
+    # Times of decoding rise, unless several files were joined into one.
+    elif (np.diff(decoding_times) * tick < -1).any():
+        raise VideoError(f"{path}: its times start again in the middle")
+    if not times:
         raise VideoError(f"{path}: no frame can be decoded")
 
-    frames.sort()
-    times = np.array([time for time, _ in frames])
-    duration = frames[-1][1]
+    duration = durations[np.argmax(times)]  # of the last frame
+    times = np.sort(times)
     if not duration:
         # The mean gap between frames, at least one tick.
         duration = max(1, (times[-1] - times[0]) // max(1, len(times) - 1))
-    return Timing(times, times[-1] + duration, float(tick), is_timed)
+    return Timing(times, times[-1] + duration, tick, is_timed)
 
 def sample_times(path, timing, num_frames, start=0.0, end=None):
     """The times, (num_frames,) in ticks, of the frames that sample_frames takes."""
@@ -548,18 +554,16 @@ def frames_at(path, timing, wanted, size):
     scaler = VideoReformatter()
     frames = decode(path, seek_time(path, timing, int(wanted[0])))
     the_end = (math.inf, None)
-    _, shown = next(frames, the_end)
-    if shown is None:
+    pixels, shown = [], None
+    for time, frame in itertools.chain(frames, [the_end]):
+        # Until `time`, the frame before this one is on screen.
+        while shown and len(pixels) < len(wanted) and wanted[len(pixels)] < time:
+            pixels.append(upright_pixels(shown, size, scaler))
+        if len(pixels) == len(wanted):
+            break
+        shown = frame
+    if not pixels:
         raise VideoError(f"{path}: no frame can be decoded")
-
-    # `shown` stays on screen until `next_time`.
-    next_time, next_frame = next(frames, the_end)
-    pixels = []
-    for moment in wanted:
-        while next_time <= moment:
-            shown = next_frame
-            next_time, next_frame = next(frames, the_end)
-        pixels.append(upright_pixels(shown, size, scaler))
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
 
 def seek_time(path, timing, first):
@@ -567,7 +571,8 @@ def seek_time(path, timing, first):
     the beginning of the file."""
     if not timing.is_timed:
         return None
-    # In MPEG-TS a seek may arrive too late: test it, and try 10 seconds earlier if so.
+    # In MPEG-TS a seek may arrive too late, or where decoding cannot begin. Test it, and
+    # try 10 seconds earlier if so.
     for start in (first, first - round(10 / timing.tick)):
         if start <= timing.times[0]:
             return None
@@ -585,16 +590,14 @@ def upright_pixels(frame, size, scaler):
     if matrix is None:
         return pixels
 
-    # The 3 x 3 matrix starts with a, b, 0, c, d. It moves what is at (x, y) to
-    # (a x + c y, b x + d y). Either b = c = 0, or a = d = 0, and x and y change places.
-    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5]
-    x_sign, y_sign = a, d
+    # The 3 x 3 matrix starts with a, b, 0, c, d. The picture's x axis is to point to (a, b),
+    # and its y axis to (c, d). Either a = d = 0, or b = c = 0.
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
     if abs(b) > abs(a):
         pixels = pixels.swapaxes(0, 1)
-        x_sign, y_sign = c, b
-    if x_sign < 0:
+    if a + c < 0:
         pixels = pixels[:, ::-1]
-    if y_sign < 0:
+    if b + d < 0:
         pixels = pixels[::-1]
     return pixels
 
@@ -629,7 +632,7 @@ def video_to_text(sim, target):
     CLIP4Clip. The true pairs are on the diagonal."""
     videos = target.unique()  # (G,)
     best = torch.stack([sim[target == video].amax(dim=0) for video in videos])  # (G, B)
-    return best[:, videos].T  # best has captions as rows
+    return best[:, videos].T  # now the captions are the columns
 
 def reciprocal_rank_fusion(mms_f, mms_v, k=60):
     """Similarities (A, B) twice -> the sum of 1 / (k + rank), (A, B) (section 6)."""
