@@ -446,8 +446,8 @@ def schedule(step, steps, warmup):
     return (steps - step) / (steps - rise)
 
 # ---- Several processes (torchrun)
-# Each encodes its share of a batch, and computes the loss of the whole batch. Gradients flow
-# to its own share only, so they are added, not averaged as in DistributedDataParallel.
+# Each encodes its share of a batch, and computes the loss of the whole batch. Gradients
+# flow to its own share only, so they are added, not averaged as in DDP.
 def rank_slice(items):
     """The part of a list that this process works on."""
     return items[len(items) * RANK // WORLD:len(items) * (RANK + 1) // WORLD]
