@@ -10,11 +10,13 @@ import resource
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 import warnings
 from collections import Counter
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import open_clip
@@ -31,7 +33,7 @@ from test_video_colbert import (SMALL, contents, records, run_until, write_clip,
                                 write_json_lines)
 from video_colbert import (
     Config, InputError, VideoColBERT, mms_fv, reciprocal_rank_fusion, retrieval_metrics,
-    video_to_text)
+    sample_frames, video_to_text)
 
 # "tiny" is as small as it can be here, because most tests train several models.
 TINY = dict(
@@ -270,6 +272,33 @@ def test_metrics_of_nothing_and_of_nan_are_refused(sim, target, message):
     with pytest.raises(ValueError, match=message):
         retrieval_metrics(sim, target)
 
+# ---- Settings and input
+def test_every_setting_is_an_option_with_its_sentence(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert all(f"--{name.replace('_', '-')}" in text for name in vars(train.Settings()))
+    assert "frames per video (section 5.2, Table 7)" in text and "An open_clip tag, a" in text
+
+def test_what_is_typed_beats_the_presets_and_these_beat_the_paper():
+    s = train.parse_settings([])
+    assert (s.backbone, s.freeze, s.learn_scale, s.logit_bias) == ("tiny", False, True, -10.0)
+    s = train.parse_settings(["--data", "msrvtt"])
+    assert (s.backbone, s.num_frames, s.num_tokens) == ("ViT-B-32-quickgelu", 12, 32)
+    assert (s.freeze, s.learn_scale, s.lr, s.lr_pretrained) == (True, False, 1e-4, 1e-7)
+    s = train.parse_settings(["--backbone", "ViT-B-32-quickgelu", "--num-frames", "3"])
+    assert (s.backbone[:8], s.freeze, s.num_frames, s.batch_size) == ("ViT-B-32", True, 3, 64)
+    assert train.parse_settings(["--data", "msrvtt", "--loss", "infonce"]).learn_scale
+
+def test_input_errors_are_one_line_and_programming_errors_keep_their_traceback(capsys):
+    bad_input = Mock(side_effect=InputError("a.jsonl, line 3: no captions"))
+    with pytest.raises(SystemExit, match="2"):
+        train.run_main(bad_input, "train.py")
+    assert capsys.readouterr().err == "train.py: a.jsonl, line 3: no captions\n"
+    bug = Mock(side_effect=ValueError("too many values"))
+    with pytest.raises(ValueError, match="too many values"):
+        train.run_main(bug, "train.py")
+
 @pytest.mark.parametrize("flags, message", [
     ("--device tpu9", "--device tpu9"),
     ("--data nonsense", "--data is shapes, msrvtt or FILE.jsonl"),
@@ -335,6 +364,12 @@ def test_msrvtt_is_read_wherever_its_videos_are(tmp_path, videos):
     assert found == {f"{root}/{videos}/video{i}.mp4": CAPTIONS[f"video{i}"] for i in (0, 2, 3)}
     assert data["test"] == [train.Clip(f"{root}/{videos}/video1.mp4", ["the query, of 1"]),
                             train.Clip(f"{root}/{videos}/video4.mp4", ["query 4"])]
+
+def test_missing_data_is_noticed_before_weights_are_fetched_and_says_where_to_get_it(tmp_path):
+    message = (r"MSR-VTT in .*nowhere(.|\n)*curl -L -C - -O https://.*MSRVTT.zip\n"
+               r".*msrvtt_data.zip\n.*unzip")
+    with pytest.raises(InputError, match=message):
+        train.main(["--data", "msrvtt", "--root", f"{tmp_path}/nowhere", "--device", "cpu"])
 
 def test_a_copy_of_msrvtt_without_a_file_says_how_to_read_others(tmp_path):
     root = write_msrvtt(tmp_path)
@@ -425,6 +460,16 @@ def test_other_settings_or_clips_are_another_run(data, monkeypatch):
     (data / "clips.jsonl").write_text(lines)
     train.main(["--resume", "a"])
     assert train.read_result("a")["gallery"] == 2
+
+def test_a_model_is_evaluated_again_on_the_same_clips_and_on_others(clips, data):
+    """--eval-only writes no model, and needs no training data."""
+    train.main(["--eval-only", f"{clips}/whole", "--out", "b"])
+    assert records("b")[0]["evaluation"] == records(clips / "whole")[-1]["evaluation"]
+    assert sorted(os.listdir("b")) == ["log.jsonl", "settings.json"]
+    lines = (data / "clips.jsonl").read_text().splitlines()
+    (data / "other.jsonl").write_text(lines[3])
+    train.main(["--eval-only", f"{clips}/whole", "--data", "other.jsonl"])
+    assert records("runs/other-eval")[0]["gallery"] == 1
 
 def test_a_finished_run_does_not_resume_with_other_clips(data):
     train.main([*SMALL, "--data", "clips.jsonl", "--epochs", "0", "--out", "a"])
@@ -736,13 +781,35 @@ def test_a_cache_that_cannot_be_written_is_named_and_no_clip_is_blamed(data, cap
         train.main([*flags, "--cache", str(data / "file")])
     assert capsys.readouterr().out == ""
 
-def test_a_cut_cache_file_is_written_again(data):
-    flags = [*SMALL, "--data", "clips.jsonl", "--epochs", "0"]
-    train.main([*flags, "--out", "a"])
-    for path in data.glob("data/cache/*"):
-        os.truncate(path, 100)
-    train.main([*flags, "--out", "b"])
-    assert records("a")[-1]["evaluation"] == records("b")[-1]["evaluation"]
+def test_the_cache_decodes_a_clip_once_until_its_video_changes(tmp_path, monkeypatch):
+    """Neither chmod nor `cp -a` changes a video; other content does, even of the same size
+    and time. A damaged file of the cache is written again."""
+    path, cache = write_clip(tmp_path / "a.mp4"), tmp_path / "cache"
+    sample = Mock(side_effect=sample_frames)
+    monkeypatch.setattr(train, "sample_frames", sample)
+    def frames(start=0.0):
+        return train.cached_frames(train.Clip(str(path), ["a"], start), 4, 16, cache)
+    first = frames()
+    (file,) = cache.iterdir()
+    assert torch.equal(first, sample_frames(path, 4, 16)) and torch.equal(frames(), first)
+
+    path.chmod(0o600)
+    subprocess.run(["cp", "-a", path, tmp_path / "copy"], check=True)
+    os.replace(tmp_path / "copy", path)
+    assert torch.equal(frames(), first) and sample.call_count == 1
+    assert not torch.equal(frames(1.0), first) and sample.call_count == 2
+
+    good = file.read_bytes()
+    other_pixels = good.replace(first[2].numpy().tobytes()[:9], bytes(9))
+    for bad in (good[:-1], good[:100], b"", other_pixels):
+        file.write_bytes(bad)
+        assert torch.equal(frames(), first) and file.read_bytes() == good
+    assert sample.call_count == 6
+
+    status, content = path.stat(), write_clip(tmp_path / "b.mp4", 10).read_bytes()
+    path.write_bytes(content.ljust(status.st_size, b"\0"))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert torch.equal(frames(), sample_frames(tmp_path / "b.mp4", 4, 16))
 
 def test_replaced_training_pixels_are_another_run(data, monkeypatch):
     flags = [*SMALL, "--data", "clips.jsonl", "--checkpoint-every", "1"]
@@ -787,6 +854,12 @@ def train_and_measure(*flags):
     train.training_step, train.save_checkpoint = measured, lambda *args: None
     train.main(flags)
     print(peaks[99] - peaks[50])
+
+def test_prefetch_keeps_the_order_and_holds_one_result_per_thread():
+    started = []
+    results = train.prefetch(lambda i: started.append(i) or i * i, range(100), 3)
+    assert next(results) == 0 and len(started) <= 4
+    assert list(results) == [i * i for i in range(1, 100)]
 
 def test_ctrl_c_while_decoding_is_one_line_and_waits_for_no_thread(data):
     """One clip is decoded and kept; another would take a minute more."""

@@ -320,6 +320,13 @@ def test_what_is_no_video_is_named_in_one_line(tmp_path, make, message):
         sample_frames(tmp_path / "a.mp4", 4, 16)
     assert "\n" not in str(error.value)
 
+def test_a_mistake_in_the_code_is_not_reported_as_a_broken_video(tmp_path, monkeypatch):
+    def mistaken(frame, *args):
+        return frame.no_such_method()
+    monkeypatch.setattr(video_colbert, "upright_pixels", mistaken)
+    with pytest.raises(AttributeError, match="no_such_method"):
+        sample_frames(write_clip(tmp_path / "a.mp4"), 4, 16)
+
 def test_300_mutated_videos_give_frames_or_one_clear_error(tmp_path):
     """Never a hang, a crash, another exception or a wrong shape. Both outcomes are frequent, so
     the faults are neither harmless nor fatal."""

@@ -23,6 +23,17 @@ def small_clip(monkeypatch):
     monkeypatch.setattr(open_clip, "get_model_config", config)
     return open_clip.CLIP(**SMALL_CLIP).state_dict()
 
+def test_weights_are_loaded_from_a_file(tmp_path):
+    """The encoders and the temporal layers hold what open_clip saved."""
+    theirs, file = open_clip.create_model("ViT-S-32-alt"), str(tmp_path / "weights.pt")
+    torch.save(theirs.state_dict(), file)
+    model = VideoColBERT(Config(backbone="ViT-S-32-alt", pretrained=file))
+    assert torch.equal(model.backbone.visual.conv1.weight, theirs.visual.conv1.weight)
+    copied, source = model.temporal.blocks[3].mlp, theirs.transformer.resblocks[3].mlp
+    assert torch.equal(copied.c_fc.weight, source.c_fc.weight)
+    with pytest.raises(InputError, match="weights.pt' into ViT-S-16-alt"):
+        VideoColBERT(Config(backbone="ViT-S-16-alt", pretrained=file))
+
 class Archive(torch.nn.Module):
     """A module that only holds tensors, as a TorchScript archive does."""
     def forward(self, x):
