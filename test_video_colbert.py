@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+from datetime import timedelta
 from fractions import Fraction
 from functools import partial
 from unittest.mock import Mock
@@ -14,6 +15,7 @@ import open_clip
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 from open_clip.loss import ClipLoss, SigLipLoss
 from torch.nn.functional import logsigmoid, normalize, softplus
 from torch.nn.utils import parameters_to_vector
@@ -138,28 +140,66 @@ def test_more_queries_than_videos_have_no_default_positives(loss):
     with pytest.raises(AssertionError, match="6 queries and 3 videos .*pass positives"):
         loss(torch.rand(6, 3))
 
-def test_positives_reach_the_loss_and_micro_batches_change_nothing_but_the_memory():
-    """4 videos with two captions each. SGD's step is the gradient, clipped to norm 1."""
-    positives = torch.eye(4, dtype=torch.bool).repeat_interleave(2, 0)
-    frames, scaler, steps = pixels(4, 2), torch.amp.GradScaler(enabled=False), []
-    for micro_batch, calls in ((0, 1), (3, 4), (1, 8)):
-        torch.manual_seed(0)
-        s = train.Settings(backbone="tiny", num_frames=2, num_tokens=8, micro_batch=micro_batch)
-        model = VideoColBERT(s)
-        ids, mask = model.tokenize([f"caption {i}" for i in range(8)])
-        loss, sim_F, sim_V = model(ids, mask, frames, positives)
-        want = sigmoid_loss(sim_F, positives) + sigmoid_loss(sim_V, positives)
-        before = parameters_to_vector(model.parameters()).detach()
-        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        model.encode_video = Mock(wraps=model.encode_video)
-        numbers = train.training_step(model, optimizer, scaler, s, ids, mask, frames, positives)
-        step = parameters_to_vector(model.parameters()).detach() - before
-        means = torch.stack([want, sim_F[positives].mean(), sim_V[positives].mean()])
-        assert torch.allclose(numbers[:3], means, atol=1e-5) and torch.allclose(loss, want)
-        assert model.encode_video.call_count == calls
-        assert numbers[3] > 1 and step.norm().item() == pytest.approx(1, abs=1e-3)
-        steps.append(torch.cat([numbers, step]))
-    assert all(torch.allclose(step, steps[0], rtol=1e-4, atol=1e-6) for step in steps)
+def four_videos(**settings):
+    """Four videos with two captions each -> model, settings and what a step needs of them."""
+    torch.manual_seed(0)
+    s = train.Settings(backbone="tiny", num_frames=2, num_tokens=8, learn_scale=True, **settings)
+    model = VideoColBERT(s)
+    ids, mask = model.tokenize([f"caption {i}" for i in range(8)])
+    positives = torch.eye(4, dtype=torch.bool).repeat_interleave(2, dim=0)  # (8, 4)
+    return model, s, ids, mask, pixels(4, 2), positives
+
+def step(model, s, *batch):
+    """A training step -> its numbers, and how far it moves the parameters: with SGD and a
+    learning rate of 1 this is the gradient, clipped to norm 1."""
+    before = parameters_to_vector(model.parameters()).detach()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scaler = torch.amp.GradScaler(enabled=False)
+    numbers = train.training_step(model, optimizer, scaler, s, *batch)
+    return numbers, parameters_to_vector(model.parameters()).detach() - before
+
+def assert_same_step(got, want):
+    for x, y in zip(got, want):
+        assert torch.allclose(x, y, rtol=1e-4, atol=1e-6)
+
+def test_positives_reach_the_loss_and_the_log():
+    model, s, *batch = four_videos()
+    positives = batch[-1]
+    loss, sim_F, sim_V = model(*batch)
+    want = sigmoid_loss(sim_F, positives) + sigmoid_loss(sim_V, positives)
+    means = torch.stack([want, sim_F[positives].mean(), sim_V[positives].mean()])
+    numbers, gradient = step(model, s, *batch)
+    assert torch.allclose(loss, want) and torch.allclose(numbers[:3], means, atol=1e-5)
+    assert numbers[3] > 1 and gradient.norm().item() == pytest.approx(1, abs=1e-3)
+
+@pytest.mark.parametrize("micro_batch, calls", [(0, 1), (3, 4), (1, 8)])
+def test_micro_batches_change_nothing_but_the_memory(micro_batch, calls):
+    """They encode each part twice."""
+    want = step(*four_videos())
+    model, *others = four_videos(micro_batch=micro_batch)
+    model.encode_video = Mock(wraps=model.encode_video)
+    assert_same_step(step(model, *others), want)
+    assert model.encode_video.call_count == calls
+
+def step_of_process(rank, folder):
+    """The step of one of two processes, each of which has a half of the batch."""
+    train.RANK, train.WORLD = rank, 2
+    dist.init_process_group("gloo", f"file://{folder}/shared", timedelta(minutes=2), 2, rank)
+    model, s, *inputs, positives = four_videos()
+    half = [x.chunk(2)[rank] for x in inputs]
+    torch.save(step(model, s, *half, positives), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+def test_two_processes_make_the_step_of_one(tmp_path, monkeypatch):
+    """This process and another."""
+    want = step(*four_videos())
+    monkeypatch.setattr(train, "RANK", 1)
+    monkeypatch.setattr(train, "WORLD", 2)
+    other = torch.multiprocessing.spawn(step_of_process, [tmp_path], join=False)  # has rank 0
+    step_of_process(1, tmp_path)
+    other.join()
+    for rank in range(2):
+        assert_same_step(torch.load(tmp_path / f"{rank}.pt"), want)
 
 @pytest.mark.parametrize("B", [1, 2, 17])
 def test_info_nce_equals_open_clips_clip_loss_whatever_the_bias(B):
@@ -331,6 +371,16 @@ def test_a_residual_leads_around_the_temporal_layers_whose_shape_is_checked(tiny
     f, positions, expansion = torch.randn(2, 6, 64), *tiny.temporal.parameters()
     assert torch.allclose(tiny.temporal(f)[:, :6], 2 * f + positions)
     assert torch.allclose(tiny.temporal(f)[:, 6:], 2 * expansion) and expansion.std() > 0
+
+def test_all_tensors_stay_on_the_device_of_the_model(monkeypatch):
+    """On the meta device, where a tensor has no values; it has no autocast."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
+    with torch.device("meta"):
+        model = VideoColBERT(Config(backbone="tiny", num_frames=3))
+    monkeypatch.setattr(model, "norms_checked", True)
+    ids, mask = model.tokenize(["a dog", "a cat"])
+    results = model(ids.to("meta"), mask.to("meta"), pixels(2, 3).to("meta"))
+    assert [x.device.type for x in results] == ["meta"] * 3
 
 @pytest.mark.parametrize("frames", [
     pixels(1, 6).float(), pixels(1, 7), pixels(1, 6)[..., :32], pixels(6)])
