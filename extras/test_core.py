@@ -317,6 +317,18 @@ def test_a_wrong_flag_is_an_error_before_anything_slow(data, monkeypatch, flags,
         train.main(argv)
     assert "\n" not in str(error.value)
 
+def test_json_lines_become_clips(tmp_path):
+    """With a byte order mark, Windows' line ends and blank lines, too."""
+    one = {"video": "a b.mp4", "captions": ["one", "שלום 🐕"], "split": "train"}
+    part = {"video": "a b.mp4", "captions": ["c"], "split": "train", "start": 1.0}
+    two = {"video": "/x/b.mkv", "captions": ["two"], "split": "test", "start": 2, "end": 4.5}
+    text = "\ufeff" + "\r\n\n".join(map(json.dumps, [one, two, part]))
+    (tmp_path / "my.jsonl").write_text(text, "utf-8")
+    data = train.load_clips(train.Settings(data=f"{tmp_path}/my.jsonl"))
+    path, Clip = f"{tmp_path}/a b.mp4", train.Clip
+    assert data["train"] == [Clip(path, one["captions"], 0.0, None), Clip(path, ["c"], 1.0, None)]
+    assert data["val"] == [] and data["test"] == [Clip("/x/b.mkv", ["two"], 2, 4.5)]
+
 @pytest.mark.parametrize("change, message", [
     ({"split": "trian"}, "expected a split of train, val or test"),
     ({"captions": "a"}, "expected a list of captions"),
@@ -460,6 +472,22 @@ def test_other_settings_or_clips_are_another_run(data, monkeypatch):
     (data / "clips.jsonl").write_text(lines)
     train.main(["--resume", "a"])
     assert train.read_result("a")["gallery"] == 2
+
+def test_a_run_leaves_its_folder_and_a_table_and_repeats_exactly(data, capsys):
+    """With other threads and an empty cache, too."""
+    flags = [*SMALL, "--data", "clips.jsonl", "--eval-every", "2"]
+    train.main([*flags, "--out", "a"])
+    train.main([*flags, "--out", "b", "--workers", "1", "--cache", "cache2"])
+    assert contents("a") == contents("b")
+    assert VideoColBERT.load("a").config.num_frames == 3
+    assert set(os.listdir("a")) == {"settings.json", "config.json", *contents("a")}
+    *log, last = records("a")
+    kinds = [line.get("split", "step") for line in log]
+    assert kinds == ["step", "step", "val", "step", "step", "val", "test"]
+    assert last["gallery"] == 2 and len(last["evaluation"]) == 8
+    assert train.results_table(last) in capsys.readouterr().out
+    with pytest.raises(InputError, match="a exists: give a new --out, or --resume a"):
+        train.main([*flags, "--out", "a"])
 
 def test_a_model_is_evaluated_again_on_the_same_clips_and_on_others(clips, data):
     """--eval-only writes no model, and needs no training data."""

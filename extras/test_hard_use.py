@@ -15,7 +15,8 @@ import torch
 
 import train
 import video_colbert
-from test_video_colbert import SMALL, contents, records, run_until, write_clip, write_json_lines
+from test_video_colbert import (SMALL, contents, pixels, records, run_until, write_clip,
+                                write_json_lines)
 from video_colbert import InputError, VideoColBERT, sample_frames
 
 FLAGS = [*SMALL, "--data", "clips.jsonl"]
@@ -139,6 +140,13 @@ def test_huge_numbers_and_empty_batches_are_documented_errors(tmp_path, tiny):
         tiny.encode_video(torch.zeros(0, 6, 3, tiny.image_size, tiny.image_size).byte())
     with pytest.raises(InputError, match="--device meta"):
         train.main([*SMALL, "--data", str(tmp_path / "clips.jsonl"), "--device", "meta"])
+
+@pytest.mark.parametrize("frames", [
+    pixels(1, 6).float(), pixels(1, 7), pixels(1, 6)[..., :32], pixels(6)])
+def test_frames_of_a_wrong_kind_are_refused(tiny, frames):
+    message = r"frames must be uint8 \(B, 1 to 6, 3, 48, 48\), not "
+    with pytest.raises(ValueError, match=message):
+        tiny.encode_video(frames)
 
 def test_a_run_resumes_on_a_file_of_the_same_clips_elsewhere_and_on_no_other(data, monkeypatch):
     train.main([*FLAGS, "--out", "whole"])
