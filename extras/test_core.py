@@ -460,7 +460,8 @@ def test_other_settings_or_clips_are_another_run(data, monkeypatch):
     run_until(monkeypatch, [*flags, "--out", "a"], "training_step", 3)
     with pytest.raises(InputError, match="cannot change seed of a: 0"):
         train.main(["--resume", "a", "--seed", "3"])
-    settings, lines = json.loads(open("a/settings.json").read()), (data / "clips.jsonl").read_text()
+    settings = json.loads((data / "a/settings.json").read_text())
+    lines = (data / "clips.jsonl").read_text()
     for change in ({"nonsense": 1}, {}):
         (data / "a/settings.json").write_text(json.dumps({**settings, **change}))
         (data / "clips.jsonl").write_text(lines.replace("caption 0 of 3", "edited"))
@@ -657,7 +658,8 @@ def test_video_files_with_odd_names_and_behind_links_are_found(tmp_path):
     ("MSRVTT_train.9k.csv", "video_id\nvideo77\n", "9k.csv: no 'video77'"),
     ("MSRVTT_JSFUSION_test.csv", "video_id,sentence\nvideo1\n",
      "test.csv: expected a list of captions"),
-    ("MSRVTT_JSFUSION_test.csv", "video_id,sentence\nvideo1,a\nvideo1,b\n", "each clip only once")])
+    ("MSRVTT_JSFUSION_test.csv", "video_id,sentence\nvideo1,a\nvideo1,b\n",
+     "each clip only once")])
 def test_what_is_wrong_with_msrvtt_is_named_in_one_line(tmp_path, name, content, message):
     root = write_msrvtt(tmp_path)
     (root / name).write_text(content, encoding="latin-1")
@@ -696,7 +698,8 @@ def test_mutated_annotations_give_valid_clips_or_one_clear_error(tmp_path, kind)
 
 # ---- Checkpoints, signals and several processes
 @pytest.mark.parametrize("function, call, every", [
-    ("training_step", 0, 500), ("training_step", 3, 500), ("evaluate", 1, 1), ("evaluate", 2, 500)])
+    ("training_step", 0, 500), ("training_step", 3, 500), ("evaluate", 1, 1),
+    ("evaluate", 2, 500)])
 def test_a_run_killed_anywhere_and_twice_resumes_to_the_same_bytes(
         data, whole, monkeypatch, function, call, every):
     """Also in the validation after an epoch, and in the evaluation at the end."""
@@ -1036,7 +1039,10 @@ class GradientRecorder:
     def __init__(self, model):
         self.model = model
     def step(self):
-        self.gradients = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+        self.gradients = {}
+        for name, p in self.model.named_parameters():
+            if p.grad is not None:
+                self.gradients[name] = p.grad
     def zero_grad(self):
         self.model.zero_grad()
 

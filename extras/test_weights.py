@@ -95,7 +95,8 @@ def test_what_is_no_file_of_weights_is_one_short_line(
         (tmp_path / "a.pt").write_bytes(content)
     elif content:
         torch.save(content, "a.pt")
-    with pytest.raises(InputError, match=f"cannot load 'a.pt' into .*{message}.*or a tag") as error:
+    message = f"cannot load 'a.pt' into .*{message}.*or a tag"
+    with pytest.raises(InputError, match=message) as error:
         VideoColBERT(Config(pretrained="a.pt"))
     text = str(error.value)
     assert "\n" not in text and "\x1b" not in text and len(text) < 300
