@@ -60,7 +60,7 @@ class Settings(Config):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # fp32 on a CPU
     lr_pretrained: float = 1e-7  # learning rate of the pre-trained encoders (Table 9)
     lr: float = 1e-4  # learning rate of everything new (Table 9)
-    weight_decay: float = 0.01  # as AdamW's; none for biases and norms (Table 9)
+    weight_decay: float = 0.01  # (Table 9); AdamW's, and none for biases and norms
     warmup: float = 0.1  # share of the steps in which the rate rises (Table 9)
     max_grad_norm: float = 1.0  # clips gradients to this norm; 0: no clipping (Table 9)
     seed: int = 0  # of the weights and of the order of the clips
@@ -73,7 +73,7 @@ class Settings(Config):
     eval_only: str = ""  # evaluate the model of this run, on --data if it is given
     allow_missing: bool = False  # leave out clips that cannot be read
 
-# What --resume and --eval-only may change. The data of a resumed run must be the same.
+# What --resume and --eval-only may change. Data may move: `data_hash` compares them.
 MAY_CHANGE = {"data", "root", "out", "cache", "device", "micro_batch", "workers",
               "checkpoint_every", "eval_every", "resume", "eval_only", "allow_missing"}
 
@@ -126,7 +126,7 @@ def parse_settings(argv):
 
 def refuse_changes(s, saved, folder):
     """Raise InputError if `s` differs from `saved`, a dictionary of a run's settings."""
-    # A setting of yours that is a tuple is a list in the JSON file.
+    # As JSON, in which a tuple, say in a setting that you add, is a list.
     settings = json.loads(json.dumps(asdict(s)))
     for name in saved.keys() - MAY_CHANGE:
         if name == "precision" and s.eval_only:
@@ -136,7 +136,7 @@ def refuse_changes(s, saved, folder):
 
 def check_settings(s):
     """Raise InputError for numbers that make no sense, NaN and infinity among them."""
-    # The model checks its other settings itself.
+    # VideoColBERT checks the rest.
     at_least = dict(
         epochs=0, batch_size=1, captions_per_video=1, micro_batch=0, workers=1,
         lr_pretrained=0, lr=0, weight_decay=0, warmup=0, max_grad_norm=0, seed=0,
@@ -158,7 +158,7 @@ def read_settings(run):
     """The settings of a run. Those that are missing, in older runs, get the default."""
     with user_errors(f"{run}/settings.json"):
         settings = json.loads(Path(run, "settings.json").read_text())
-        return replace(Settings(**settings), out="")  # --out was of that one command
+        return replace(Settings(**settings), out="")  # a new command has its own --out
 
 # What reading malformed JSON, CSV or settings raises.
 BAD_DATA = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
@@ -169,7 +169,7 @@ def user_errors(source, kinds=BAD_DATA):
     try:
         yield
     except InputError:
-        raise
+        raise  # it is a ValueError, but clear already
     except kinds as error:
         reason = getattr(error, "strerror", None) or error  # without the file's name
         if isinstance(error, LookupError):
@@ -216,7 +216,7 @@ def load_clips(s):
     for source, record in records:
         with user_errors(source):
             split = record.pop("split")
-            if split not in data:
+            if split not in list(data):
                 raise ValueError("expected a split of train, val or test")
             clip = Clip(record.pop("video"), **record)  # TypeError for unknown keys
             key = (os.path.realpath(clip.path), clip.start, clip.end)
@@ -295,20 +295,21 @@ def file_id(path):
         return None
 
 def data_hash(data):
-    """A hash of captions, clips and video files, by which a run recognizes its data."""
+    """A hash of captions, clips and video files, by which a run recognizes its data. Only
+    the names of paths count, so that data may move."""
     clips = [(split, os.path.basename(clip.path), file_id(clip.path), clip.captions,
               clip.start, clip.end) for split in data for clip in data[split]]
     return hashlib.sha256(json.dumps(clips).encode()).hexdigest()
 
 # ---- Frames: each clip is decoded once, into a file of the cache
-CACHE_VERSION = 3  # increase it when sample_frames gives other pixels
+CACHE_VERSION = 4  # increase it when sample_frames gives other pixels
 
 def cached_frames(clip, num_frames, size, cache):
     """sample_frames of a clip through the cache: uint8 (N, 3, size, size)."""
     key = [CACHE_VERSION, os.path.abspath(clip.path), file_id(clip.path), clip.start,
            clip.end, num_frames, size]
     with contextlib.suppress(OSError):
-        # file_id misses changes beyond the first 64 KB. A copy may keep the time.
+        # The time shows changes beyond 64 KB; file_id shows copies that kept the time.
         key.append(os.stat(clip.path).st_mtime_ns)
     path = Path(cache, hashlib.sha1(json.dumps(key).encode()).hexdigest())
     shape = (num_frames, 3, size, size)
@@ -503,8 +504,7 @@ def training_step(model, optimizer, scaler, s, ids, mask, frames, positives):
     scaler.unscale_(optimizer)
     max_norm = s.max_grad_norm or math.inf
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    # Scaling 1 tells the loss scale without waiting for the GPU, unlike get_scale(). It
-    # is 1 without fp16.
+    # The loss scale, 1 without fp16, for write_log. get_scale() would wait for the GPU.
     scale = scaler.scale(torch.ones_like(norm))
     scaler.step(optimizer)  # skipped in fp16 if a gradient overflows
     scaler.update()
@@ -529,7 +529,7 @@ def backward_in_parts(model, scaler, s, ids, mask, frames, positives):
     Dropout is off, because both passes must agree."""
     model.eval()
     count = math.ceil(len(frames) / s.micro_batch)
-    # The captions of a part need not be those of its videos.
+    # Captions and videos are only encoded here, so a part may mix them.
     parts = list(zip(ids.tensor_split(count), mask.tensor_split(count),
                      frames.tensor_split(count)))
 
@@ -625,7 +625,8 @@ def train(model, data, s, device, out, data_id):
                 write_log(log, bar, unread)
                 unread = []
 
-            # The other processes wait in their next step.
+            # In this order, so that the checkpoint covers the log and the evaluation. The
+            # other processes wait in their next step.
             if ends_epoch and RANK == 0:
                 log_evaluations(log, epoch, model, data, s, device)
             if saves and RANK == 0:
@@ -668,9 +669,10 @@ def open_log(out, end=None):
     """Open a run's log to append to it, without what comes after `end` bytes, and without a
     last line that was cut off."""
     path = out / "log.jsonl"
-    content = path.read_bytes()[:end] if path.exists() else b""
-    log = open(path, "a")
-    log.truncate(content.rfind(b"\n") + 1)
+    with user_errors(path, OSError):
+        content = path.read_bytes()[:end] if path.exists() else b""
+        log = open(path, "a")
+        log.truncate(content.rfind(b"\n") + 1)
     return log
 
 def write_line(log, record):
@@ -687,7 +689,7 @@ def checkpoint_paths(out):
 def save_checkpoint(out, step, log_end, state, data_id, s):
     """Write out/checkpoints/step-N.pt after N steps, and keep the one before it."""
     content = {name: part.state_dict() for name, part in state.items()}
-    # A dropout layer that you add would use torch's generator `rng`, on a CPU.
+    # Today nothing is random in a step; `rng` is for dropout that you add, on a CPU.
     content |= dict(step=step, log_end=log_end, data=data_id,
                     settings=json.dumps(asdict(s)), rng=torch.get_rng_state())
     path = out / "checkpoints" / f"step-{step:08d}.pt"
@@ -696,7 +698,7 @@ def save_checkpoint(out, step, log_end, state, data_id, s):
     torch.save(content, buffer)
     with atomic_write(path) as file:
         file.write(buffer.getbuffer())
-    # Later ones do not count: they are the damaged ones that load_checkpoint skipped.
+    # Later ones, if any, are damaged: load_checkpoint has skipped them.
     older = [other for other in checkpoint_paths(out) if other < path]
     for other in older[:-1]:
         other.unlink()
@@ -853,17 +855,24 @@ def run(s, device):
     with own_folder(s, out):
         sims = train_and_evaluate(model, readable, s, device, out, data_id)
         if RANK == 0:
-            # The model must be of the videos that `data_id` stands for.
+            if not s.eval_only:
+                with user_errors(out, OSError):
+                    model.save(out)
+            # If a video was replaced meanwhile, `data_id` is not the data of this run.
             for clip in itertools.chain(*readable.values()):
                 if file_id(clip.path) != files[clip.path]:
-                    raise InputError(f"{clip.path} has changed during the run")
+                    raise InputError(
+                        f"{clip.path} has changed during the run, so there are no results: "
+                        f"put the old file back and use --resume {out}")
             missing = {split: len(data[split]) - len(readable[split]) for split in splits}
             result = dict(
                 evaluation=result_rows(*sims, s.interaction), best=best_epoch(out),
                 gallery=len(readable["test"]), missing=missing["test"],
                 missing_train=missing.get("train", 0), data=data_id,
                 machine=f"{WORLD} x {device_name(device)}, torch {torch.__version__}")
-            finish(model, result, s, out)
+            with open_log(out) as log:
+                write_line(log, result)
+            remove_checkpoints(out)
     return out
 
 @contextlib.contextmanager
@@ -882,15 +891,6 @@ def own_folder(s, out):
         yield
     (out / "lock").unlink(missing_ok=True)  # filelock leaves it
 
-def finish(model, result, s, out):
-    """Save the model and the result, which ends the log. Then no checkpoint is needed."""
-    with user_errors(out, OSError):
-        if not s.eval_only:
-            model.save(out)
-        with open_log(out) as log:
-            write_line(log, result)
-    remove_checkpoints(out)
-
 def make_model(s, out):
     """The model to train or to evaluate, on the CPU."""
     if s.eval_only:
@@ -906,7 +906,7 @@ def remove_checkpoints(out):
     for path in checkpoint_paths(out):
         path.unlink()
     folder = out / "checkpoints"
-    # A write that is killed leaves its part.
+    # atomic_write leaves such a folder if it is killed.
     for part in folder.glob("part-*"):
         shutil.rmtree(part, ignore_errors=True)
     # If the user made copies there, the folder stays.
@@ -919,7 +919,8 @@ def train_and_evaluate(model, data, s, device, out, data_id):
         at_once = s.micro_batch or s.batch_size // WORLD  # videos, for the error below
         model.to(device)
         if s.compile:
-            # In place, so that the parameters keep their names.
+            # In place, so that the parameters keep their names. encode_query calls the
+            # text transformer itself.
             visual, text = model.backbone.visual, model.backbone.text
             for module in (visual, text.transformer, model.temporal):
                 module.compile()
@@ -943,13 +944,15 @@ def run_folder(s):
 
 def check_is_new(out):
     """Raise InputError if the folder holds anything but the lock of a run."""
-    if any(path.name != "lock" for path in out.glob("*")):
+    if out.is_file() or any(path.name != "lock" for path in out.glob("*")):
         raise InputError(f"{out} exists: give a new --out, or --resume {out}")
 
 def read_log(out):
     """The lines of a run's log that are whole; none if it has not begun."""
     path, lines = Path(out, "log.jsonl"), []
-    with contextlib.suppress(OSError), open(path, errors="replace") as log:
+    if not path.exists():
+        return lines
+    with user_errors(path, OSError), open(path, errors="replace") as log:
         for line in log:
             with contextlib.suppress(ValueError):
                 lines.append(json.loads(line))

@@ -14,13 +14,14 @@ width of the joint embedding. Section, equation and table numbers are the paper'
 import contextlib
 import copy
 import difflib
-import itertools
 import json
 import math
 import os
 import zipfile
+from collections import deque
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from itertools import chain, pairwise
 from pathlib import Path
 from textwrap import shorten
 from typing import NamedTuple
@@ -76,22 +77,24 @@ def token_frame_similarities(Q, V):
 def mean_max_sim(Q, V, mask=None):
     """Equations 3 and 4: the mean over query tokens of their best similarity to a frame.
 
-    Q (A, M, d), V (B, N, d), the paper's F or V, and a bool mask (A, M) of the tokens that
-    count, if not all -> (A, B). Unit vectors give a mean of cosines; nothing is normalized
-    here. It holds A * M * B * N numbers in memory, so split large inputs."""
+    Q (A, M, d), V (B, N, d) -> (A, B). V may be the paper's F, too. The bool mask (A, M)
+    tells which tokens count; by default all do. Unit vectors give a mean of cosines;
+    nothing is normalized here. A * M * B * N numbers are held in memory, so split large
+    inputs."""
     sim = token_frame_similarities(Q, V)  # (A, M, B, N)
     best = sim.amax(dim=-1)  # (A, M, B), over frames
     if mask is None:
         return best.mean(dim=1)  # (A, B), over tokens
-    weight = mask / mask.sum(dim=1, keepdim=True)  # (A, M): 1 / their number, or 0
+    weight = mask.to(best.dtype) / mask.sum(dim=1, keepdim=True)  # (A, M), sums to 1
     return (best * weight[..., None]).sum(dim=1)  # (A, B)
 
 def mms_fv(mms_f, mms_v):
-    """Equation 5: a video's score is the sum of its two levels, of the same shape."""
+    """Equation 5: a video's score is the sum of MMS_F and MMS_V, both (A, B)."""
     return mms_f + mms_v
 
 # ---- Losses (section 4.3)
-# `positives` is bool (A, B). `logit_scale` is log t, as SigLIP stores it.
+# `positives` is bool (A, B). `logit_scale` is log t, as SigLIP stores it; it and the bias
+# are numbers, or the model's parameters.
 def diagonal(sim):
     """The default of `positives`: query i describes video i."""
     A, B = sim.shape
@@ -101,8 +104,8 @@ def diagonal(sim):
 def sigmoid_loss(sim, positives=None, logit_scale=4.77, logit_bias=-12.93):
     """Equation 6 on similarities (A, B) -> a sum over videos, averaged over queries.
 
-    The paper prints 1 / (1 + exp(z (-t x + b))), which is sigmoid(z (t x - b)). Here b is
-    added, sigmoid(z (t x + b)), as in SigLIP's code, for which b = -12.93 was learned."""
+    The paper prints 1 / (1 + exp(z (-t x + b))), which is sigmoid(z (t x - b)). SigLIP's
+    code adds b instead, and so do we: b = -12.93 was learned with SigLIP's code."""
     if positives is None:
         positives = diagonal(sim)
     z = torch.where(positives, 1.0, -1.0)  # (A, B)
@@ -139,8 +142,8 @@ def load_backbone(name, pretrained):
     """-> an open_clip model, and the pixel mean and std that its weights expect. Raises
     InputError for a name or weights that cannot be used.
 
-    open_clip.create_model would not do: it cannot read OpenAI's .pt archives, resizes the
-    positions of other picture sizes in silence, and only warns about QuickGELU."""
+    open_clip.create_model would not do. It cannot read a .pt file of OpenAI, resizes
+    positions that do not fit without a word, and only warns if QuickGELU differs."""
     if name == "tiny":
         if pretrained not in ("auto", "none", None):
             raise InputError("the tiny backbone has no pretrained weights")
@@ -150,13 +153,14 @@ def load_backbone(name, pretrained):
         return model, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 
     config = backbone_config(name)
+    # CustomTextCLIP has its text encoder as a module of its own, model.text.
     model = open_clip.CustomTextCLIP(**config)
     tags = open_clip.list_pretrained_tags_by_model(name)
     usual = "webli" if "webli" in tags else "openai"
     if pretrained == "auto":
         pretrained = usual
     is_tag = pretrained in tags
-    # A file does not tell its mean and std: take those of the usual weights.
+    # A file or none does not tell mean and std: take those of the usual weights.
     info = open_clip.get_pretrained_cfg(name, pretrained if is_tag else usual)
     mean = info.get("mean", open_clip.OPENAI_DATASET_MEAN)
     std = info.get("std", open_clip.OPENAI_DATASET_STD)
@@ -170,7 +174,7 @@ def load_backbone(name, pretrained):
         file = open_clip.download_pretrained(info) if is_tag else pretrained
         load_weights(model, file)
     except Exception as error:
-        # Network, hub and file can fail in many ways. Only these errors have clear texts.
+        # Errors of other types come from damaged files, and have unclear texts.
         is_clear = isinstance(error, (OSError, ValueError))
         reason = shorten(str(error), 150) if is_clear else "not a whole file of weights"
         raise InputError(
@@ -188,19 +192,19 @@ def backbone_config(name):
     is_resnet = isinstance(config["vision_cfg"].get("layers"), list)
     is_coca = "multimodal_cfg" in config
     tokenizer = text.get("hf_tokenizer_name")  # None is CLIP's own
-    knows_tokenizer = tokenizer is None or "SigLIP" in tokenizer
-    # The temporal layers are text layers, so these must be as wide as the embedding.
+    is_known_tokenizer = tokenizer is None or "SigLIP" in tokenizer
+    # The temporal layers are copied text layers, which must be as wide as embeddings.
     has_same_width = text.get("width") == config["embed_dim"]
     # encode_query projects each token.
     has_projection = text.get("proj_type") != "none"
-    is_like_clip = knows_tokenizer and has_same_width and has_projection
+    is_like_clip = is_known_tokenizer and has_same_width and has_projection
     if is_resnet or is_coca or not is_like_clip:
         raise InputError(f"backbone {name!r} is not supported: not built like CLIP")
     config.pop("custom_text", None)  # CustomTextCLIP takes no such argument
     return config
 
 # open_clip's checkpoints may hold NumPy numbers, such as the epoch. torch's safe loader
-# must be told of their types. The pair is a type and the name that NumPy 1 wrote for it.
+# must know how they are made. The pair is an object and its name in files of NumPy 1.
 scalar = np._core.multiarray.scalar
 NUMPY_NUMBERS = [scalar, (scalar, "numpy.core.multiarray.scalar"),
                  np.dtype, np.dtypes.Int64DType, np.dtypes.Float64DType]
@@ -264,8 +268,9 @@ class TemporalTransformer(nn.Module):
 class VideoColBERT(nn.Module):
     """The query encoder, frame encoder and temporal transformer of Figure 2.
 
-    Q, F and V are float32 unit vectors, also under autocast. `image_size` is the side of
-    a frame in pixels, `width` is d. Raises InputError for invalid settings."""
+    Q (of the tokens that count), F and V are float32 unit vectors, also under autocast.
+    `image_size` is the side of a frame in pixels, `width` is d. Raises InputError for
+    invalid settings."""
 
     def __init__(self, config):
         super().__init__()
@@ -304,7 +309,7 @@ class VideoColBERT(nn.Module):
         # At least the start, a word and the end.
         if not 3 <= self.num_tokens <= context_length:
             raise InputError(f"num_tokens must be 3 to {context_length}")
-        # Frame positions are copied from the text's, which are no more than this.
+        # Frame positions are copies of text positions: there are context_length.
         ranges = dict(num_frames=(1, context_length), pad_token=(0, vocabulary - 1),
                       temporal_layers=(1, 1000), visual_expansion=(0, 1000))
         for name, (low, high) in ranges.items():
@@ -349,8 +354,9 @@ class VideoColBERT(nn.Module):
 
         if self.config.interaction == "mp":
             # CLIP pools the end token, the last real one; SigLIP pools the last of all.
-            tokens = torch.ones_like(real) if self.is_siglip else real
-            last = tokens.sum(dim=1) - 1  # (A,)
+            last = real.sum(dim=1) - 1  # (A,)
+            if self.is_siglip:
+                last.fill_(self.num_tokens - 1)
             mask = one_hot(last, self.num_tokens).bool()
         elif self.config.query_augmentation:
             mask = torch.ones_like(real)
@@ -360,8 +366,8 @@ class VideoColBERT(nn.Module):
 
     def encode_query(self, ids, mask):
         """ids, mask (A, M) from tokenize -> Q (A, M, d): unit vectors, and 0 for tokens
-        that do not count, so that a sum over tokens needs no mask (extras/export.py).
-        open_clip projects one token; here all are projected."""
+        that do not count, so that an exported index need not know the mask. open_clip
+        projects one token; here all are projected."""
         text = self.backbone.text
         M = ids.shape[1]
         x = text.token_embedding(ids) + text.positional_embedding[:M]  # (A, M, d)
@@ -434,13 +440,16 @@ class VideoColBERT(nn.Module):
 
     def save(self, folder):
         """Write config.json and model.safetensors into `folder`."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
         # train.py's Settings have more fields than Config, which are not the model's.
         config = {field.name: getattr(self.config, field.name) for field in fields(Config)}
-        Path(folder, "config.json").write_text(json.dumps(config, indent=2))
-        # save_file's error for a full disk would be unclear.
-        weights = safetensors.torch.save(self.state_dict())
-        Path(folder, "model.safetensors").write_bytes(weights)
+        files = {"config.json": json.dumps(config, indent=2).encode(),
+                 "model.safetensors": safetensors.torch.save(self.state_dict())}
+        # Both are written in full before they replace an older model.
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            Path(folder, f"{name}.part").write_bytes(content)
+        for name in files:
+            os.replace(Path(folder, f"{name}.part"), Path(folder, name))
 
     @classmethod
     def load(cls, folder):
@@ -453,15 +462,17 @@ class VideoColBERT(nn.Module):
             model.load_state_dict(weights)
         except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
             raise InputError(f"{folder} holds no model: {shorten(str(error), 200)}") from None
-        model.config = config  # which says where the weights once came from
+        model.config = config  # undo pretrained="none" from above
         return model.eval()
 
 # ---- Frames of a video file (section 5.2)
 def sample_frames(path, num_frames, size, start=0.0, end=None):
-    """TSN-style sampling: cut a video, or its part from `start` to `end` in seconds, into
-    `num_frames` equal segments, and take the frame on screen in the middle of each (where
-    in it, the paper does not say) -> uint8 RGB (num_frames, 3, size, size), resized without
-    keeping the aspect ratio. Seconds count from the first frame. Raises VideoError."""
+    """TSN-style sampling: a video, or its part from `start` to `end`, is cut into
+    `num_frames` equal segments, and each gives the frame in its middle (the paper does not
+    say which frame). Seconds count from the first frame.
+
+    -> uint8 RGB (num_frames, 3, size, size), resized without keeping the aspect ratio.
+    Raises VideoError."""
     timing = frame_times(path)
     wanted = sample_times(path, timing, num_frames, start, end)
     return frames_at(path, timing, wanted, size)
@@ -471,12 +482,12 @@ class Timing(NamedTuple):
     times: np.ndarray  # of all frames in ticks, sorted
     end: int  # of the last frame, in ticks
     tick: float  # in seconds
-    is_timed: bool  # whether the file stores these times, see open_video
+    can_seek: bool  # whether frames can be found by these times, see open_video
 
 @contextlib.contextmanager
 def open_video(path):
-    """-> container, video stream, is_timed: whether the file stores exact times of its
-    frames. If not, as in AVI, a frame's time is its number. Raises VideoError."""
+    """-> container, video stream, can_seek: whether the format stores exact times of
+    frames, by which they can be found, unlike AVI. Raises VideoError."""
     try:
         # An absolute path, because a relative one with a colon may look like an address.
         with av.open(os.path.join(os.getcwd(), path), metadata_errors="ignore") as container:
@@ -488,58 +499,65 @@ def open_video(path):
             # Many videos are decoded at once, each by one thread.
             stream.codec_context.thread_count = 1
             # A format has several names, such as "mov,mp4,m4a".
-            timed_formats = ("mov", "matroska", "mpegts", "flv")
-            yield container, stream, container.format.name.startswith(timed_formats)
-    # Also errors in the body of `with`, where frames are decoded.
+            exact_formats = ("mov", "matroska", "mpegts", "flv")
+            yield container, stream, container.format.name.startswith(exact_formats)
+    # This also catches errors of the caller's `with` block, which decodes.
     except (av.FFmpegError, OSError) as error:
         raise VideoError(f"{path}: {error.strerror or error}") from None
 
 def decode(path, start=None):
-    """Yield (time in ticks, frame). With `start`, begin at the keyframe before it."""
-    with open_video(path) as (container, stream, is_timed):
+    """Yield frames in the order of display. With `start`, a time in ticks, begin at the
+    keyframe before it."""
+    with open_video(path) as (container, stream, _):
         if start is not None:
             container.seek(start, stream=stream)
-        for number, frame in enumerate(container.decode(stream)):
-            # Files that are not timed are never read from the middle.
-            time = frame.pts if is_timed else number
-            if time is not None:
-                yield time, frame
+        yield from container.decode(stream)
 
 def frame_times(path):
-    """-> Timing. Only files that store no times are decoded for it."""
+    """-> Timing. Files without exact times are decoded for it."""
     times, durations, decoding_times = [], [], []
-    with open_video(path) as (container, stream, is_timed):
-        # Where the file tells no frame rate, 25 a second are assumed.
-        tick = float(stream.time_base if is_timed else 1 / (stream.average_rate or 25))
+    with open_video(path) as (container, stream, can_seek):
+        tick = float(stream.time_base)
+        frame_rate = float(stream.average_rate or 25)  # 25 if unknown
         for packet in container.demux(stream):
-            # The last packet is empty, and an edit list discards some.
+            # The last packet is empty. Some are cut off by an edit list.
             if packet.size and not packet.is_discard:
                 times.append(packet.pts)
                 durations.append(packet.duration)
                 if packet.dts is not None:
                     decoding_times.append(packet.dts)
 
-    if not is_timed or None in times:
-        times = [time for time, _ in decode(path)]
-        durations = [0] * len(times)  # unknown
-    # Times of decoding rise, unless several files were joined into one.
-    elif (np.diff(decoding_times) * tick < -1).any():
+    can_seek = can_seek and None not in times
+    # Times of decoding rise, unless files were joined into one.
+    if can_seek and start_again(decoding_times, tick):
         raise VideoError(f"{path}: its times start again in the middle")
+    if not can_seek:
+        # H.264 in AVI has the right times in a wrong order, so they are sorted below.
+        times = [frame.pts for frame in decode(path)]
+        durations = [0] * len(times)  # unknown
+        if None in times or start_again(times, tick):
+            times = range(len(times))
+            tick = 1 / frame_rate
     if not times:
         raise VideoError(f"{path}: no frame can be decoded")
 
-    duration = durations[np.argmax(times)]  # of the last frame
+    # Packets come in the order of decoding, so the last frame need not come last.
+    duration = durations[np.argmax(times)]
     times = np.sort(times)
     if not duration:
         # The mean gap between frames, at least one tick.
         duration = max(1, (times[-1] - times[0]) // max(1, len(times) - 1))
-    return Timing(times, times[-1] + duration, tick, is_timed)
+    return Timing(times, times[-1] + duration, tick, can_seek)
+
+def start_again(times, tick):
+    """Whether a time is more than a second before the one before it."""
+    return (np.diff(times) * tick < -1).any()
 
 def sample_times(path, timing, num_frames, start=0.0, end=None):
     """The times, (num_frames,) in ticks, of the frames that sample_frames takes."""
     times, tick = timing.times, timing.tick
-    seconds = float(timing.end - times[0]) * tick
-    end = seconds if end is None else min(end, seconds)
+    length = float(timing.end - times[0]) * tick  # of the video in seconds
+    end = length if end is None else min(end, length)
     if num_frames < 1 or not start < end:
         raise VideoError(f"{path}: no {num_frames} frames between {start} and {end} s")
 
@@ -553,15 +571,18 @@ def frames_at(path, timing, wanted, size):
     """The frames on screen at the sorted times `wanted` -> uint8 (N, 3, size, size)."""
     scaler = VideoReformatter()
     frames = decode(path, seek_time(path, timing, int(wanted[0])))
+    timed_frames = zip(timing.times, frames)  # from the beginning, in order
+    if timing.can_seek:
+        timed_frames = ((frame.pts, frame) for frame in frames if frame.pts is not None)
     the_end = (math.inf, None)
-    pixels, shown = [], None
-    for time, frame in itertools.chain(frames, [the_end]):
-        # Until `time`, the frame before this one is on screen.
-        while shown and len(pixels) < len(wanted) and wanted[len(pixels)] < time:
-            pixels.append(upright_pixels(shown, size, scaler))
-        if len(pixels) == len(wanted):
+    moments, pixels = deque(wanted), []
+    for (_, frame), (until, _) in pairwise(chain(timed_frames, [the_end])):
+        # `frame` is on screen until the next one appears.
+        while moments and moments[0] < until:
+            moments.popleft()
+            pixels.append(upright_pixels(frame, size, scaler))
+        if not moments:
             break
-        shown = frame
     if not pixels:
         raise VideoError(f"{path}: no frame can be decoded")
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
@@ -569,15 +590,16 @@ def frames_at(path, timing, wanted, size):
 def seek_time(path, timing, first):
     """A time to seek to, from which decoding reaches the frame at time `first`. None is
     the beginning of the file."""
-    if not timing.is_timed:
+    if not timing.can_seek:
         return None
-    # In MPEG-TS a seek may arrive too late, or where decoding cannot begin. Test it, and
-    # try 10 seconds earlier if so.
+    # In MPEG-TS a seek may arrive too late, or where decoding cannot begin. So decode
+    # one frame as a test, and try 10 seconds earlier if it is not good.
     for start in (first, first - round(10 / timing.tick)):
         if start <= timing.times[0]:
             return None
-        time, frame = next(decode(path, start), (None, None))
-        if frame and frame.key_frame and time <= first:
+        frame = next(decode(path, start), None)
+        is_keyframe = frame and frame.key_frame and frame.pts is not None
+        if is_keyframe and frame.pts <= first:
             return start
     return None
 
@@ -590,15 +612,15 @@ def upright_pixels(frame, size, scaler):
     if matrix is None:
         return pixels
 
-    # The 3 x 3 matrix starts with a, b, 0, c, d. The picture's x axis is to point to (a, b),
-    # and its y axis to (c, d). Either a = d = 0, or b = c = 0.
+    # The 3 x 3 matrix starts with a, b, 0, c, d. It turns the x axis of the picture to
+    # (a, b) and the y axis to (c, d), so either b = c = 0, or a = d = 0, or all are 0.
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
     if abs(b) > abs(a):
-        pixels = pixels.swapaxes(0, 1)
+        pixels = pixels.swapaxes(0, 1)  # a quarter turn
     if a + c < 0:
-        pixels = pixels[:, ::-1]
+        pixels = pixels[:, ::-1]  # left is right
     if b + d < 0:
-        pixels = pixels[::-1]
+        pixels = pixels[::-1]  # the top is the bottom
     return pixels
 
 # ---- Metrics (section 5.3)
@@ -614,6 +636,7 @@ def retrieval_metrics(sim, target):
     """sim (A, B), the index of each query's video (A,) -> R@1, R@5, R@10 in percent,
     nDCG@10 from 0 to 1, median and mean rank. ValueError for NaN and for no queries."""
     sim, target = torch.as_tensor(sim), torch.as_tensor(target, dtype=torch.int64)
+    assert len(sim) == len(target), f"{len(sim)} queries, but {len(target)} targets"
     if len(sim) == 0 or sim.isnan().any():
         raise ValueError("there are no queries, or the similarities hold NaN")
 
@@ -627,12 +650,12 @@ def retrieval_metrics(sim, target):
     return metrics
 
 def video_to_text(sim, target):
-    """sim (A, B), target (A,) -> (G, G) for the G videos that have captions. Row v,
-    column w is the best score of video v with a caption of video w, as usual since
-    CLIP4Clip. The true pairs are on the diagonal."""
+    """sim (A, B), target (A,) -> (G, G), if G videos have captions: each of these videos
+    (rows) with the best caption of each (columns), as usual since CLIP4Clip. The true
+    pairs are on the diagonal."""
     videos = target.unique()  # (G,)
-    best = torch.stack([sim[target == video].amax(dim=0) for video in videos])  # (G, B)
-    return best[:, videos].T  # now the captions are the columns
+    columns = [sim[target == video].amax(dim=0) for video in videos]  # G columns (B,)
+    return torch.stack(columns, dim=1)[videos]  # (G, G)
 
 def reciprocal_rank_fusion(mms_f, mms_v, k=60):
     """Similarities (A, B) twice -> the sum of 1 / (k + rank), (A, B) (section 6)."""

@@ -1,4 +1,5 @@
 """Figures: which frame each word picks (Figure 4), bars (Figure 3), and the hits of a search."""
+import itertools
 import re
 from pathlib import Path
 from textwrap import fill
@@ -9,7 +10,7 @@ from torch.func import functional_call
 from torch.nn.functional import normalize
 
 from extras.long_videos import sample_long_video
-from train import user_errors
+from train import atomic_write
 from video_colbert import InputError, VideoError
 
 GREEN, RED = "#0a7d28", "#c4161c"
@@ -191,8 +192,21 @@ def check_picture(path):
     check_folder(path)
 
 def save_picture(image, path):
-    with user_errors(path, OSError):
-        image.save(path)
+    kind = Image.registered_extensions()[Path(path).suffix.lower()]
+    with atomic_write(Path(path)) as file:
+        image.save(file, kind)
+
+def keep(content, path):
+    """Write bytes to `path`, or to path-2, path-3 ... where other content is there already
+    -> the path."""
+    name = path
+    for number in itertools.count(2):
+        if not name.exists() or name.read_bytes() == content:
+            break
+        name = path.with_stem(f"{path.stem}-{number}")
+    with atomic_write(name) as file:
+        file.write(content)
+    return name
 
 def check_folder(path):
     """Raises InputError if there is no folder to save a file in."""

@@ -7,9 +7,10 @@
 
 Tables 1 to 8, 11 and 12, figures 3 and 4; all other flags are train.py's. A run in runs/
 with the same settings and the same clips is reused, or resumed if it is not finished. The
-result is printed and kept in runs/.
+result is printed and kept in runs/, beside earlier ones.
 """
 import argparse
+import io
 import itertools
 import statistics
 import sys
@@ -23,12 +24,11 @@ from torch.nn.functional import normalize
 
 import train
 from extras import shapes
-from extras.figures import draw_bars, draw_interactions, interactions
+from extras.figures import draw_bars, draw_interactions, interactions, keep
 from extras.bench import median_seconds
 from extras.paper import BACKBONES, COST, METRICS, SIGLIP, TABLES
 from train import (
-    MAY_CHANGE, WORLD, atomic_write, parse_settings, pick_device, read_result, read_settings,
-    run_main)
+    MAY_CHANGE, WORLD, parse_settings, pick_device, read_result, read_settings, run_main)
 from video_colbert import (
     InputError, VideoColBERT, mean_max_sim, mms_fv, ranks, reciprocal_rank_fusion,
     sample_frames)
@@ -377,10 +377,9 @@ def main(argv=None):
             image = draw_examples(argv, s, device)
         else:
             image = draw_augmentation(argv, s, device)
-        path = Path(f"runs/figure-{args.figure}-{data}.png")
-        with atomic_write(path) as file:
-            image.save(file, "PNG")
-        print(path)
+        content = io.BytesIO()
+        image.save(content, "PNG")
+        print(keep(content.getvalue(), Path(f"runs/figure-{args.figure}-{data}.png")))
         return
     path = Path(f"runs/table-{args.table}-{data}.md" if args.table
                 else f"runs/seeds-{args.seeds}-{data}.md")
@@ -392,8 +391,7 @@ def main(argv=None):
         text = cost_table(s, device)
     else:
         text = trained_table(args.table, argv, s, args.seeds, device)
-    with atomic_write(path) as file:
-        file.write(f"{text}\n".encode())
+    path = keep(f"{text}\n".encode(), path)
     print(text, "", path, sep="\n")
 
 if __name__ == "__main__":

@@ -182,6 +182,8 @@ def explain_command(args, device):
         check_picture(args.out)
     model = open_model(args.model, device)
     frames = sample_long_video(args.video, model.config.num_frames, model.image_size)
+    if args.out and os.path.exists(args.out) and os.path.samefile(args.out, args.video):
+        raise InputError(f"{args.out} is the video itself: give another --out")
     words, before, after = interactions(model, args.query, frames)
     if not words:
         raise InputError("the query is empty")

@@ -109,7 +109,10 @@ FORMATS = {  # name: codec, options
     "open.flv": ("libx264", {"x264-params": X264 + OPEN}),
     "mpeg4.mkv": ("mpeg4", {"g": "24", "bf": "2"}),
     "mpeg2.ts": ("mpeg2video", {"g": "24", "bf": "2"}),
-    # Without exact times.
+    # Without exact times of each packet.
+    "variable.avi": ("mpeg4", {}),
+    "variable.wmv": ("wmv2", {}),
+    "variable.gif": ("gif", {}),
     "mpeg4.avi": ("mpeg4", {"g": "24", "bf": "2"}),
     "open.avi": ("libx264", {"x264-params": X264 + OPEN}),
     "open.asf": ("libx264", {"x264-params": X264 + OPEN}),
@@ -119,6 +122,10 @@ FORMATS = {  # name: codec, options
     "wmv2.wmv": ("wmv2", {"g": "24"}),
     "raw.h264": ("libx264", {"x264-params": X264})}
 
+def variable_waits(count):
+    """How many frames of 25 a second pass between the frames of "variable" clips."""
+    return np.random.default_rng(1).integers(1, 9, count)
+
 def write_moving_clip(path, count=144):
     """Noise that moves, so that all frames differ and none can be guessed, 25 a second."""
     codec, options = FORMATS[path.name]
@@ -126,11 +133,13 @@ def write_moving_clip(path, count=144):
     noise = noise.repeat(6, 0).repeat(6, 1)  # (240, 360, 3)
     waits = np.ones(count, int)
     if "variable" in path.name:
-        waits = np.random.default_rng(1).integers(1, 9, count)
+        waits = variable_waits(count)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=25, options=options)
         stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
-        for k, pts in enumerate(np.cumsum(waits) - 1):
+        if codec == "gif":
+            stream.pix_fmt = "rgb8"
+        for k, pts in enumerate(np.cumsum(waits) - waits[0]):
             part = noise[k % 150:k % 150 + 64, k % 200:k % 200 + 96]
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(part), "rgb24")
             frame.pts = int(pts)
@@ -170,7 +179,7 @@ def test_seeking_gives_the_pixels_of_decoding_from_the_beginning(tmp_path, name)
     parts, as frames of a short video and, sought one by one, of a long one."""
     path = write_moving_clip(tmp_path / name)
     linear = decode_linearly(path)
-    ticks, last, tick, is_timed = times = frame_times(path)
+    ticks, last, tick, _ = times = frame_times(path)
     seconds = (last - ticks[0]) * tick
     assert len(ticks) == len(linear)
     assert seconds == pytest.approx(len(ticks) / 25, abs=0.05) or "variable" in name
@@ -182,20 +191,44 @@ def test_seeking_gives_the_pixels_of_decoding_from_the_beginning(tmp_path, name)
         spans.append((start, start + rng.uniform(0.05, 1) * seconds))
     for i, (start, end) in enumerate(spans):
         wanted = sample_times(path, times, [12, 1, 3, 40][i % 4], start, end)
-        want = np.stack([linear[k] for k in np.searchsorted(ticks, wanted)])
-        # As many ticks as an hour has.
-        long = times._replace(times=np.repeat(ticks, 100_000 // len(ticks)))
+        # Of two frames with one time, as MPEG streams may have, the later one is seen.
+        want = np.stack([linear[k - 1] for k in np.searchsorted(ticks, wanted, "right")])
+        long = times
+        if times.can_seek:
+            # As many ticks as an hour has.
+            long = times._replace(times=np.repeat(ticks, 100_000 // len(ticks)))
         for got in (frames_at(path, times, wanted, 24), seek_frames(path, long, wanted, 24)):
             assert np.array_equal(got.permute(0, 2, 3, 1), want)
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if "variable" in name])
+def test_frames_appear_when_the_file_says_in_every_format(tmp_path, name):
+    """Also in AVI, WMV and GIF, where frames are not numbered at a constant rate."""
+    timing = frame_times(write_moving_clip(tmp_path / name))
+    waits = variable_waits(144)
+    seconds = (timing.times - timing.times[0]) * timing.tick
+    assert seconds == pytest.approx((np.cumsum(waits) - waits[0]) / 25, abs=0.002)
+
+@pytest.mark.parametrize("name", ["raw.h264", "mpeg2.mpg"])
+def test_frames_without_usable_times_are_numbered_at_the_frame_rate(tmp_path, name):
+    """No times at all, and two files joined into one, whose times start again."""
+    path = write_moving_clip(tmp_path / name, 50)
+    count = 50
+    if name == "mpeg2.mpg":
+        path.write_bytes(2 * path.read_bytes())
+        count = len(decode_linearly(path))
+        assert count > 90
+    timing = frame_times(path)
+    seconds = (timing.times - timing.times[0]) * timing.tick
+    assert seconds == pytest.approx(np.arange(count) / 25)
 
 @pytest.fixture
 def decoded(monkeypatch):
     """The times of all frames that are decoded."""
     decoded, decode = [], video_colbert.decode
     def noted(path, start=None):
-        for time, frame in decode(path, start):
-            decoded.append(time)
-            yield time, frame
+        for frame in decode(path, start):
+            decoded.append(frame.pts)
+            yield frame
     monkeypatch.setattr(video_colbert, "decode", noted)
     return decoded
 

@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import train
 import video_colbert
+from extras import figures, search
 from test_video_colbert import (SMALL, contents, pixels, records, run_until, write_clip,
                                 write_json_lines)
 from video_colbert import InputError, VideoColBERT, sample_frames
@@ -76,15 +78,87 @@ def test_a_second_process_on_a_run_says_that_another_is_at_work(data, monkeypatc
     train.main(["--resume", "a"])
     assert contents("a") == contents("whole") and not Path("a/lock").exists()
 
-def test_a_video_that_is_replaced_during_the_run_stops_it(data, monkeypatch):
+def test_a_video_that_is_replaced_during_the_run_stops_it(data):
     evaluate = train.evaluate
     def replaces(*args):
         write_clip(data / "0/clip.mp4", 29)
         return evaluate(*args)
-    monkeypatch.setattr(train, "evaluate", replaces)
-    with pytest.raises(InputError, match="0/clip.mp4 has changed during the run"):
-        train.main([*FLAGS, "--out", "a"])
+    old = (data / "0/clip.mp4").read_bytes()
+    train.main([*FLAGS, "--out", "whole"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "evaluate", replaces)
+        with pytest.raises(InputError, match="0/clip.mp4 has changed during the run.*--resume a"):
+            train.main([*FLAGS, "--out", "a"])
     assert not train.read_result("a")
+    # The training is not lost: the model is there, and gets its results with the old file.
+    model, whole = (VideoColBERT.load(folder).state_dict() for folder in ("a", "whole"))
+    assert all(torch.equal(model[name], whole[name]) for name in whole)
+    (data / "0/clip.mp4").write_bytes(old)
+    train.main(["--resume", "a"])
+    assert train.read_result("a") == train.read_result("whole")
+
+def test_a_model_that_cannot_be_saved_leaves_the_one_that_is_there(tmp_path, monkeypatch, tiny):
+    tiny.save(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    other = VideoColBERT(dataclasses.replace(tiny.config, loss="infonce"))
+    write_bytes = Path.write_bytes
+    def full_disk(path, content):
+        if "safetensors" in path.name:
+            write_bytes(path, content[:1000])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_bytes(path, content)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        other.save(tmp_path)
+    assert all(path.read_bytes() == before[path] for path in before)
+
+def test_a_log_that_cannot_be_read_is_not_taken_for_a_damaged_one(data, monkeypatch):
+    train.main([*FLAGS, "--out", "a"])
+    def no_permission(path, *args, **options):
+        if str(path).endswith("log.jsonl"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return open(path, *args, **options)
+    monkeypatch.setattr(train, "open", no_permission, raising=False)
+    for flags in (["--resume", "a"], ["--eval-only", "a", "--out", "b"]):
+        with pytest.raises(InputError, match="a/log.jsonl: Permission denied"):
+            train.main(flags)
+
+def test_a_new_run_whose_folder_is_a_file_is_refused_before_anything_is_read(data):
+    Path("a").touch()
+    shutil.rmtree("0")
+    with pytest.raises(InputError, match="a exists: give a new --out"):
+        train.main([*FLAGS, "--out", "a"])
+
+def test_tables_and_figures_that_were_made_earlier_are_kept(tmp_path):
+    names = [figures.keep(content, tmp_path / "table.md").name
+             for content in (b"one", b"two", b"one", b"three", b"two")]
+    assert names == ["table.md", "table-2.md", "table.md", "table-3.md", "table-2.md"]
+    assert (tmp_path / "table-2.md").read_bytes() == b"two"
+
+def test_a_picture_that_cannot_be_written_leaves_the_one_that_is_there(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    figures.save_picture(Image.new("RGB", (8, 8), "red"), path)
+    before = path.read_bytes()
+    def no_sync(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "fsync", no_sync)
+    with pytest.raises(InputError, match="a.png: No space left"):
+        figures.save_picture(Image.new("RGB", (8, 8), "blue"), path)
+    assert path.read_bytes() == before
+
+def test_explain_does_not_write_its_picture_over_what_it_explains(tmp_path, monkeypatch, tiny):
+    monkeypatch.chdir(tmp_path)
+    tiny.save("model")
+    write_clip(tmp_path / "clip.mp4").rename("explain.png")
+    before = Path("explain.png").read_bytes()
+    for flags in ([], ["--out", "./explain.png"]):
+        with pytest.raises(InputError, match="explain.png is the video itself"):
+            search.main(["explain", "a dog", "explain.png", "--model", "model", *flags])
+    assert Path("explain.png").read_bytes() == before
+
+def test_metrics_need_a_target_for_each_query():
+    with pytest.raises(AssertionError, match="10 queries, but 3 targets"):
+        video_colbert.retrieval_metrics(torch.rand(10, 5), torch.tensor([0, 1, 2]))
 
 def test_two_writers_of_one_file_do_not_meet(tmp_path):
     """Even if they have the same process and thread id, as in two containers."""

@@ -118,6 +118,15 @@ def test_hidden_files_and_folders_are_left_out(tmp_path):
     assert list(find_videos(tmp_path)[0]) == ["b.mp4", "c/f.mp4"]
     assert list(find_videos(tmp_path / "c/.hidden")[0]) == ["d/e.mp4"]
 
+def test_a_copy_of_an_array_is_not_deleted(tmp_path, clips, tiny):
+    VideoIndex.build(clips, tiny, tmp_path / "index")
+    (array,) = (tmp_path / "index").glob("vectors-*.f16")
+    array.with_name("vectors-backup.f16").write_bytes(b"copy")
+    write_clip(clips / "new.mp4", 5)
+    VideoIndex.build(clips, tiny, tmp_path / "index")
+    names = {path.name for path in (tmp_path / "index").glob("vectors-*")}
+    assert "vectors-backup.f16" in names and len(names) == 2
+
 def test_a_video_is_demuxed_once(tmp_path, clips, tiny, monkeypatch):
     calls, frame_times = [], video_colbert.frame_times
     def counted(path):

@@ -130,8 +130,8 @@ def plan_pieces(video, meta, problems):
     spans = [segment_span(meta, seconds, i) for i in range(count)]
     if count == 1:
         spans = [(0.0, None)]  # to its end, without rounding
-    # Where seeking is not exact, each piece is decoded from the video's beginning.
-    size = PIECE if timing.is_timed else 16 * PIECE
+    # Without seeking, each piece is decoded from the video's beginning, so there are fewer.
+    size = PIECE if timing.can_seek else 4 * PIECE
     return [Piece(video, path, timing, spans[i:i + size]) for i in range(0, count, size)]
 
 def read_piece(piece, model, problems):
@@ -211,8 +211,9 @@ class VideoIndex:
             os.fsync(file.fileno())
         with atomic_write(self.folder / "index.json") as file:
             file.write(json.dumps(self.meta).encode())
-        # Arrays of earlier lists.
-        for path in self.folder.glob("vectors-*.f16"):
+        # Arrays of earlier lists. Copies with other names are the user's.
+        digits = 32 * "[0-9a-f]"
+        for path in self.folder.glob(f"vectors-{digits}.f16"):
             if path.name != self.meta["vectors"]:
                 path.unlink()
 
