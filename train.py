@@ -95,8 +95,8 @@ def default_settings(data="", backbone="", loss=""):
     return s
 
 def parse_settings(argv):
-    """Command line -> Settings. A flag that is not given has the value of the run that is
-    resumed or evaluated, or else of default_settings."""
+    """Command line -> Settings. A flag that is not given has the value of the run to resume
+    or to evaluate, or else of default_settings."""
     # tyro needs the defaults before it parses, and they depend on these flags.
     preparser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--data", "--backbone", "--loss", "--resume"):
@@ -295,8 +295,8 @@ def file_id(path):
         return None
 
 def data_hash(data):
-    """A hash of captions, clips and video files, by which a run recognizes its data. Only
-    the names of paths count, so that data may move."""
+    """A hash of captions, clips and video files, by which a run recognizes its data. Of
+    paths only the last names count, so that data may move."""
     clips = [(split, os.path.basename(clip.path), file_id(clip.path), clip.captions,
               clip.start, clip.end) for split in data for clip in data[split]]
     return hashlib.sha256(json.dumps(clips).encode()).hexdigest()
@@ -379,7 +379,7 @@ def prefetch(function, items, threads):
 
 # ---- Batches
 def epoch_examples(clips, s, epoch):
-    """A list of (index of a clip, indices of k of its captions) in random order, where k is
+    """A list of (index of a clip, indices of k of its captions) in random order; k is
     captions_per_video. Each caption is used once. If a clip has too few for its last
     example, that is filled up from the beginning of the shuffled captions."""
     rng = np.random.default_rng([s.seed, epoch])
@@ -421,8 +421,8 @@ def positive_pairs(clips, batch):
 
 # ---- Optimizer (section 5.2, Table 9)
 def make_optimizer(model, s):
-    """AdamW, in groups of pre-trained parameters, new ones, and the loss's scale and bias.
-    Biases and norms, which have one dimension, do not decay."""
+    """AdamW, in groups of pre-trained parameters, new ones, and the loss's scale and
+    bias. Biases and norms, which have one dimension, do not decay."""
     # Trained from scratch, the loss's scale and bias start far from their final values.
     loss_lr = 10 * s.lr if s.backbone == "tiny" else s.lr_pretrained
     peak_lr = dict(pretrained=s.lr_pretrained, new=s.lr, scale=loss_lr)
@@ -625,8 +625,8 @@ def train(model, data, s, device, out, data_id):
                 write_log(log, bar, unread)
                 unread = []
 
-            # In this order, so that the checkpoint covers the log and the evaluation. The
-            # other processes wait in their next step.
+            # In this order, so that the checkpoint covers the log and the evaluation.
+            # The other processes wait in their next step.
             if ends_epoch and RANK == 0:
                 log_evaluations(log, epoch, model, data, s, device)
             if saves and RANK == 0:
@@ -655,8 +655,8 @@ def write_log(log, bar, unread):
     for line, numbers in unread:
         loss, true_f, true_v, norm, loss_scale = numbers.tolist()
         line.update(loss=loss, MMS_F=true_f, MMS_V=true_v, grad_norm=norm)
-        # In fp16, gradients may overflow: the scaler skips the step and halves its scale.
-        # At scale 1, and so without fp16, it is a failure.
+        # In fp16, gradients may overflow: the scaler skips the step and halves its
+        # scale. At scale 1, and so without fp16, it is a failure.
         if loss_scale > 1 and not math.isfinite(norm):
             line.update(grad_norm=None, loss_scale=loss_scale)
         elif not math.isfinite(loss + norm):
@@ -666,8 +666,8 @@ def write_log(log, bar, unread):
         write_line(log, line)
 
 def open_log(out, end=None):
-    """Open a run's log to append to it, without what comes after `end` bytes, and without a
-    last line that was cut off."""
+    """Open a run's log to append to it, without what comes after `end` bytes, and
+    without a last line that was cut off."""
     path = out / "log.jsonl"
     with user_errors(path, OSError):
         content = path.read_bytes()[:end] if path.exists() else b""
@@ -877,7 +877,8 @@ def run(s, device):
 
 @contextlib.contextmanager
 def own_folder(s, out):
-    """Make the folder of the run and keep other runs out. Only the first process writes."""
+    """Make the folder of the run, and keep other runs out of it. Only the first process
+    writes there."""
     if RANK > 0:
         yield
         return
