@@ -60,7 +60,7 @@ class Settings(Config):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # fp32 on a CPU
     lr_pretrained: float = 1e-7  # learning rate of the pre-trained encoders (Table 9)
     lr: float = 1e-4  # learning rate of everything new (Table 9)
-    weight_decay: float = 0.01  # (Table 9); AdamW's, and none for biases and norms
+    weight_decay: float = 0.01  # decoupled; none for biases and norms (Table 9)
     warmup: float = 0.1  # share of the steps in which the rate rises (Table 9)
     max_grad_norm: float = 1.0  # clips gradients to this norm; 0: no clipping (Table 9)
     seed: int = 0  # of the weights and of the order of the clips
@@ -101,7 +101,7 @@ def parse_settings(argv):
     preparser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--data", "--backbone", "--loss", "--resume"):
         preparser.add_argument(flag, default="")
-    preparser.add_argument("--eval-only", "--eval_only", default="")  # as tyro does
+    preparser.add_argument("--eval-only", "--eval_only", default="")  # tyro takes both
     typed, _ = preparser.parse_known_args(argv)
     if typed.resume and typed.eval_only:
         raise InputError("--resume and --eval-only exclude each other")
@@ -126,7 +126,7 @@ def parse_settings(argv):
 
 def refuse_changes(s, saved, folder):
     """Raise InputError if `s` differs from `saved`, a dictionary of a run's settings."""
-    # As JSON, in which a tuple, say in a setting that you add, is a list.
+    # `saved` may come from JSON, which makes lists of tuples.
     settings = json.loads(json.dumps(asdict(s)))
     for name in saved.keys() - MAY_CHANGE:
         if name == "precision" and s.eval_only:
@@ -202,7 +202,7 @@ def load_clips(s):
     if s.data == "shapes":
         from extras.shapes import write_shapes  # only these data need extras/
         with user_errors(root):
-            write_shapes(root)  # does nothing if they are there
+            write_shapes(root)  # once: other processes wait
         records = json_records(f"{root}/clips.jsonl")
     elif s.data == "msrvtt":
         records = msrvtt_records(root)
@@ -309,7 +309,7 @@ def cached_frames(clip, num_frames, size, cache):
     key = [CACHE_VERSION, os.path.abspath(clip.path), file_id(clip.path), clip.start,
            clip.end, num_frames, size]
     with contextlib.suppress(OSError):
-        # The time shows changes beyond 64 KB; file_id shows copies that kept the time.
+        # It shows changes beyond 64 KB. file_id shows a new file with the old time.
         key.append(os.stat(clip.path).st_mtime_ns)
     path = Path(cache, hashlib.sha1(json.dumps(key).encode()).hexdigest())
     shape = (num_frames, 3, size, size)
@@ -424,6 +424,7 @@ def make_optimizer(model, s):
     """AdamW, in groups of pre-trained parameters, new ones, and the loss's scale and
     bias. Biases and norms, which have one dimension, do not decay."""
     # Trained from scratch, the loss's scale and bias start far from their final values.
+    # Otherwise they come from pre-training, too.
     loss_lr = 10 * s.lr if s.backbone == "tiny" else s.lr_pretrained
     peak_lr = dict(pretrained=s.lr_pretrained, new=s.lr, scale=loss_lr)
     groups = {}
@@ -447,8 +448,8 @@ def schedule(step, steps, warmup):
     return (steps - step) / (steps - rise)
 
 # ---- Several processes (torchrun)
-# Each encodes its share of a batch, and computes the loss of the whole batch. Gradients
-# flow to its own share only, so they are added, not averaged as in DDP.
+# Each encodes its share of a batch, gathers all, and computes the loss of the whole batch.
+# Its gradients are those through its own share, so their sum is the whole gradient.
 def rank_slice(items):
     """The part of a list that this process works on."""
     return items[len(items) * RANK // WORLD:len(items) * (RANK + 1) // WORLD]
@@ -477,7 +478,7 @@ def gather_rows(x):
     return torch.cat(parts)
 
 def sum_gradients(model):
-    """Add up each gradient over the processes: each has that of its own rows."""
+    """Add up the gradients of all processes."""
     named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     for name, gradient in named.items():
         if name.startswith("logit_"):
@@ -504,7 +505,8 @@ def training_step(model, optimizer, scaler, s, ids, mask, frames, positives):
     scaler.unscale_(optimizer)
     max_norm = s.max_grad_norm or math.inf
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    # The loss scale, 1 without fp16, for write_log. get_scale() would wait for the GPU.
+    # The loss scale, 1 without fp16: write_log tells by it whether a step was skipped.
+    # get_scale() would wait for the GPU.
     scale = scaler.scale(torch.ones_like(norm))
     scaler.step(optimizer)  # skipped in fp16 if a gradient overflows
     scaler.update()
@@ -529,7 +531,7 @@ def backward_in_parts(model, scaler, s, ids, mask, frames, positives):
     Dropout is off, because both passes must agree."""
     model.eval()
     count = math.ceil(len(frames) / s.micro_batch)
-    # Captions and videos are only encoded here, so a part may mix them.
+    # A part's captions need not belong to its videos: here they are only encoded.
     parts = list(zip(ids.tensor_split(count), mask.tensor_split(count),
                      frames.tensor_split(count)))
 
@@ -625,8 +627,8 @@ def train(model, data, s, device, out, data_id):
                 write_log(log, bar, unread)
                 unread = []
 
-            # In this order, so that the checkpoint covers the log and the evaluation.
-            # The other processes wait in their next step.
+            # The checkpoint comes last, because it stores the length of the log. The
+            # other processes wait in their next step.
             if ends_epoch and RANK == 0:
                 log_evaluations(log, epoch, model, data, s, device)
             if saves and RANK == 0:
@@ -634,13 +636,13 @@ def train(model, data, s, device, out, data_id):
             if stops:
                 break
 
-    # Stopped in the loop, or by a signal in the last evaluation.
+    # Ask again, because the signal may have come in the last evaluation.
     if any_process(stop.is_set()):
         if RANK == 0:
             note = f"stopped after {bar.n} steps; continue with --resume {out}"
             print(note, file=sys.stderr)
         raise KeyboardInterrupt  # run_main makes it exit code 130
-    handle_signals(signal.default_int_handler)
+    handle_signals(signal.default_int_handler)  # from here on, a signal raises again
 
 def log_evaluations(log, epoch, model, data, s, device):
     """After an epoch: the validation set, and every --eval-every epochs the test set."""
@@ -655,8 +657,8 @@ def write_log(log, bar, unread):
     for line, numbers in unread:
         loss, true_f, true_v, norm, loss_scale = numbers.tolist()
         line.update(loss=loss, MMS_F=true_f, MMS_V=true_v, grad_norm=norm)
-        # In fp16, gradients may overflow: the scaler skips the step and halves its
-        # scale. At scale 1, and so without fp16, it is a failure.
+        # In fp16 a gradient may overflow, and the step is skipped. Otherwise, at scale 1,
+        # a number that is not finite is a failure.
         if loss_scale > 1 and not math.isfinite(norm):
             line.update(grad_norm=None, loss_scale=loss_scale)
         elif not math.isfinite(loss + norm):
@@ -689,7 +691,7 @@ def checkpoint_paths(out):
 def save_checkpoint(out, step, log_end, state, data_id, s):
     """Write out/checkpoints/step-N.pt after N steps, and keep the one before it."""
     content = {name: part.state_dict() for name, part in state.items()}
-    # Today nothing is random in a step; `rng` is for dropout that you add, on a CPU.
+    # Nothing is random in a step, unless you add dropout: on a CPU it draws from `rng`.
     content |= dict(step=step, log_end=log_end, data=data_id,
                     settings=json.dumps(asdict(s)), rng=torch.get_rng_state())
     path = out / "checkpoints" / f"step-{step:08d}.pt"
@@ -698,7 +700,7 @@ def save_checkpoint(out, step, log_end, state, data_id, s):
     torch.save(content, buffer)
     with atomic_write(path) as file:
         file.write(buffer.getbuffer())
-    # Later ones, if any, are damaged: load_checkpoint has skipped them.
+    # After a fall back to this step, later ones that are damaged may be left.
     older = [other for other in checkpoint_paths(out) if other < path]
     for other in older[:-1]:
         other.unlink()
@@ -722,7 +724,7 @@ def restore(out, state, data_id, s):
     """Load the last checkpoint -> its step and the log's length, or 0, 0 without one."""
     content = load_checkpoint(out)
     if content is None:
-        # The run is finished, but no result was found in its log.
+        # The run was finished, but the last line of its log, the result, is lost.
         if (out / "model.safetensors").exists():
             raise InputError(f"{out} holds a model, but its log is damaged: start a new run")
         return 0, 0
@@ -741,6 +743,7 @@ def atomic_write(path):
     """Open a file that gets its name when it is complete, and make its folder."""
     with user_errors(path, OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
+        # A folder, because it is removed with what is in it if an error comes.
         with tempfile.TemporaryDirectory(prefix="part-", dir=path.parent) as folder:
             with open(f"{folder}/part", "wb") as file:
                 yield file
@@ -804,7 +807,7 @@ def score_rows(direction, sims, target, interaction):
     return rows
 
 def results_table(result):
-    """The result of a run as text."""
+    """The result of a run, the last line of its log, as text."""
     lines = [f"gallery of {result['gallery']} clips"]
     if result["missing"]:
         lines[0] += f", {result['missing']} test clips missing: not comparable"
@@ -844,7 +847,7 @@ def run(s, device):
 
     torch.manual_seed(s.seed)
     model = make_model(s, out)
-    files = {clip.path: file_id(clip.path) for split in splits for clip in data[split]}
+    old_ids = {clip.path: file_id(clip.path) for split in splits for clip in data[split]}
     readable = {split: fill_cache(data[split], split, s, model.image_size)
                 for split in splits}
     if trains:
@@ -852,7 +855,7 @@ def run(s, device):
         if examples < s.batch_size:
             raise InputError(f"--batch-size {s.batch_size} is more than {examples} examples")
 
-    with own_folder(s, out):
+    with claimed_folder(s, out):
         sims = train_and_evaluate(model, readable, s, device, out, data_id)
         if RANK == 0:
             if not s.eval_only:
@@ -860,7 +863,7 @@ def run(s, device):
                     model.save(out)
             # If a video was replaced meanwhile, `data_id` is not the data of this run.
             for clip in itertools.chain(*readable.values()):
-                if file_id(clip.path) != files[clip.path]:
+                if file_id(clip.path) != old_ids[clip.path]:
                     raise InputError(
                         f"{clip.path} has changed during the run, so there are no results: "
                         f"put the old file back and use --resume {out}")
@@ -876,7 +879,7 @@ def run(s, device):
     return out
 
 @contextlib.contextmanager
-def own_folder(s, out):
+def claimed_folder(s, out):
     """Make the folder of the run, and keep other runs out of it. Only the first process
     writes there."""
     if RANK > 0:
@@ -916,8 +919,9 @@ def remove_checkpoints(out):
 
 def train_and_evaluate(model, data, s, device, out, data_id):
     """-> what `evaluate` returns of the test clips, in the first process."""
+    # The error below names how many videos were encoded at once.
+    videos_at_once = s.micro_batch or s.batch_size // WORLD
     try:
-        at_once = s.micro_batch or s.batch_size // WORLD  # videos, for the error below
         model.to(device)
         if s.compile:
             # In place, so that the parameters keep their names. encode_query calls the
@@ -927,12 +931,13 @@ def train_and_evaluate(model, data, s, device, out, data_id):
                 module.compile()
         if "train" in data:  # not with --eval-only or --epochs 0
             train(model, data, s, device, out, data_id)
+        videos_at_once = eval_batch_size(s)
         if RANK == 0:
-            at_once = eval_batch_size(s)
             return evaluate(model, data["test"], s, device)
     except torch.OutOfMemoryError:
-        raise InputError(f"{at_once} videos at a time are too many for {device}: use "
-                         f"--resume {out} --micro-batch {max(1, at_once // 2)}") from None
+        fewer = max(1, videos_at_once // 2)
+        raise InputError(f"{videos_at_once} videos at a time are too many for {device}: "
+                         f"use --resume {out} --micro-batch {fewer}") from None
 
 def run_folder(s):
     """The folder of a new run, or of the one to resume."""

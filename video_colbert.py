@@ -21,7 +21,6 @@ import zipfile
 from collections import deque
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from itertools import chain, pairwise
 from pathlib import Path
 from textwrap import shorten
 from typing import NamedTuple
@@ -62,7 +61,7 @@ class Config:
     loss_form: str = "dual"  # dual (equation 7) or combined (Table 4)
     lambda_frame: float = 1.0  # weight of the loss on MMS_F (equation 7)
     lambda_video: float = 1.0  # weight of the loss on MMS_V (equation 7)
-    logit_scale: float = 4.77  # log t of equation 6; the paper prints it as t
+    logit_scale: float = 4.77  # log t of equation 6; for infonce use 4.6052, CLIP's
     logit_bias: float = -12.93  # b of equation 6, SigLIP's value (section 6)
     learn_scale: bool = False  # train log t and b; the paper fixes them
     freeze: bool = True  # freeze positions, patch and token embeddings (5.2)
@@ -70,7 +69,7 @@ class Config:
 # ---- Interaction (section 4.1)
 def token_frame_similarities(Q, V):
     """Each token with each frame: Q (A, M, d), V (B, N, d) -> (A, M, B, N)."""
-    # Not in half precision: the loss multiplies rounding errors by exp(4.77) = 118.
+    # Not in half precision, because the loss multiplies errors by exp(4.77) = 118.
     with torch.autocast(Q.device.type, enabled=False):
         return torch.einsum("amd,bnd->ambn", Q, V)
 
@@ -104,11 +103,12 @@ def diagonal(sim):
 def sigmoid_loss(sim, positives=None, logit_scale=4.77, logit_bias=-12.93):
     """Equation 6 on similarities (A, B) -> a sum over videos, averaged over queries.
 
-    The paper prints 1 / (1 + exp(z (-t x + b))), which is sigmoid(z (t x - b)). SigLIP's
-    code adds b instead, and so do we: b = -12.93 was learned with SigLIP's code."""
+    The paper's formula, 1 / (1 + exp(z (-t x + b))), equals sigmoid(z (t x - b)). SigLIP's
+    code has + b, and so have we, because b = -12.93 was learned there."""
     if positives is None:
         positives = diagonal(sim)
     z = torch.where(positives, 1.0, -1.0)  # (A, B)
+    # as_tensor takes a number, or keeps the gradient of a parameter.
     t = torch.as_tensor(logit_scale, dtype=sim.dtype).exp()  # exp(4.77) = 118
     loss = -logsigmoid(z * (t * sim + logit_bias))  # (A, B)
     return loss.sum() / len(sim)  # over A queries, not all pairs
@@ -142,8 +142,8 @@ def load_backbone(name, pretrained):
     """-> an open_clip model, and the pixel mean and std that its weights expect. Raises
     InputError for a name or weights that cannot be used.
 
-    open_clip.create_model would not do. It cannot read a .pt file of OpenAI, resizes
-    positions that do not fit without a word, and only warns if QuickGELU differs."""
+    open_clip.create_model would not do: it cannot read OpenAI's .pt files, resizes
+    positions silently, and only warns if QuickGELU differs."""
     if name == "tiny":
         if pretrained not in ("auto", "none", None):
             raise InputError("the tiny backbone has no pretrained weights")
@@ -160,7 +160,7 @@ def load_backbone(name, pretrained):
     if pretrained == "auto":
         pretrained = usual
     is_tag = pretrained in tags
-    # A file or none does not tell mean and std: take those of the usual weights.
+    # Only tags come with a mean and std. In other cases take the usual tag's.
     info = open_clip.get_pretrained_cfg(name, pretrained if is_tag else usual)
     mean = info.get("mean", open_clip.OPENAI_DATASET_MEAN)
     std = info.get("std", open_clip.OPENAI_DATASET_STD)
@@ -168,7 +168,7 @@ def load_backbone(name, pretrained):
         return model, mean, std
     if is_tag and info.get("quick_gelu", False) != config.get("quick_gelu", False):
         raise InputError(f"weights {pretrained!r} and backbone {name!r} differ in QuickGELU, "
-                         "which costs accuracy; use the name with -quickgelu")
+                         "which costs accuracy: add or drop -quickgelu in the name")
 
     try:
         file = open_clip.download_pretrained(info) if is_tag else pretrained
@@ -197,14 +197,15 @@ def backbone_config(name):
     has_same_width = text.get("width") == config["embed_dim"]
     # encode_query projects each token.
     has_projection = text.get("proj_type") != "none"
-    is_like_clip = is_known_tokenizer and has_same_width and has_projection
-    if is_resnet or is_coca or not is_like_clip:
-        raise InputError(f"backbone {name!r} is not supported: not built like CLIP")
+    has_usual_text = is_known_tokenizer and has_same_width and has_projection
+    if is_resnet or is_coca or not has_usual_text:
+        raise InputError(f"backbone {name!r} is not supported: only vision transformers "
+                         "with the text encoder of CLIP or SigLIP are")
     config.pop("custom_text", None)  # CustomTextCLIP takes no such argument
     return config
 
 # open_clip's checkpoints may hold NumPy numbers, such as the epoch. torch's safe loader
-# must know how they are made. The pair is an object and its name in files of NumPy 1.
+# accepts only what is listed here. The pair lists `scalar` again, under its NumPy 1 name.
 scalar = np._core.multiarray.scalar
 NUMPY_NUMBERS = [scalar, (scalar, "numpy.core.multiarray.scalar"),
                  np.dtype, np.dtypes.Int64DType, np.dtypes.Float64DType]
@@ -309,7 +310,7 @@ class VideoColBERT(nn.Module):
         # At least the start, a word and the end.
         if not 3 <= self.num_tokens <= context_length:
             raise InputError(f"num_tokens must be 3 to {context_length}")
-        # Frame positions are copies of text positions: there are context_length.
+        # Frame positions are copied from the text's, so there are at most context_length.
         ranges = dict(num_frames=(1, context_length), pad_token=(0, vocabulary - 1),
                       temporal_layers=(1, 1000), visual_expansion=(0, 1000))
         for name, (low, high) in ranges.items():
@@ -366,7 +367,7 @@ class VideoColBERT(nn.Module):
 
     def encode_query(self, ids, mask):
         """ids, mask (A, M) from tokenize -> Q (A, M, d): unit vectors, and 0 for tokens
-        that do not count, so that an exported index need not know the mask. open_clip
+        that do not count, so that a plain sum over tokens needs no mask. open_clip
         projects one token; here all are projected."""
         text = self.backbone.text
         M = ids.shape[1]
@@ -482,12 +483,12 @@ class Timing(NamedTuple):
     times: np.ndarray  # of all frames in ticks, sorted
     end: int  # of the last frame, in ticks
     tick: float  # in seconds
-    can_seek: bool  # whether frames can be found by these times, see open_video
+    can_seek: bool  # whether a seek finds the frame of a time
 
 @contextlib.contextmanager
 def open_video(path):
-    """-> container, video stream, can_seek: whether the format stores exact times of
-    frames, by which they can be found, unlike AVI. Raises VideoError."""
+    """-> container, video stream, can_seek: whether the format stores exact times, so that
+    a seek finds the frame of a time. AVI does not. Raises VideoError."""
     try:
         # An absolute path, because a relative one with a colon may look like an address.
         with av.open(os.path.join(os.getcwd(), path), metadata_errors="ignore") as container:
@@ -498,7 +499,7 @@ def open_video(path):
                 raise VideoError(f"{path}: no video stream but a cover picture")
             # Many videos are decoded at once, each by one thread.
             stream.codec_context.thread_count = 1
-            # A format has several names, such as "mov,mp4,m4a".
+            # The name lists several, the main one first, such as "mov,mp4,m4a".
             exact_formats = ("mov", "matroska", "mpegts", "flv")
             yield container, stream, container.format.name.startswith(exact_formats)
     # This also catches errors of the caller's `with` block, which decodes.
@@ -527,15 +528,15 @@ def frame_times(path):
                 if packet.dts is not None:
                     decoding_times.append(packet.dts)
 
-    can_seek = can_seek and None not in times
     # Times of decoding rise, unless files were joined into one.
-    if can_seek and start_again(decoding_times, tick):
-        raise VideoError(f"{path}: its times start again in the middle")
+    joined = jump_back(decoding_times, tick)
+    can_seek = can_seek and not joined and None not in times
     if not can_seek:
-        # H.264 in AVI has the right times in a wrong order, so they are sorted below.
+        # H.264 in AVI has the right times on the wrong frames. They are sorted, and
+        # frames_at gives the i-th frame the i-th time.
         times = [frame.pts for frame in decode(path)]
         durations = [0] * len(times)  # unknown
-        if None in times or start_again(times, tick):
+        if None in times or jump_back(times, tick):
             times = range(len(times))
             tick = 1 / frame_rate
     if not times:
@@ -549,8 +550,8 @@ def frame_times(path):
         duration = max(1, (times[-1] - times[0]) // max(1, len(times) - 1))
     return Timing(times, times[-1] + duration, tick, can_seek)
 
-def start_again(times, tick):
-    """Whether a time is more than a second before the one before it."""
+def jump_back(times, tick):
+    """Whether the times jump back by more than a second."""
     return (np.diff(times) * tick < -1).any()
 
 def sample_times(path, timing, num_frames, start=0.0, end=None):
@@ -558,7 +559,7 @@ def sample_times(path, timing, num_frames, start=0.0, end=None):
     times, tick = timing.times, timing.tick
     length = float(timing.end - times[0]) * tick  # of the video in seconds
     end = length if end is None else min(end, length)
-    if num_frames < 1 or not start < end:
+    if num_frames < 1 or not 0 <= start < end:
         raise VideoError(f"{path}: no {num_frames} frames between {start} and {end} s")
 
     middles = start + (np.arange(num_frames) + 0.5) / num_frames * (end - start)
@@ -571,20 +572,23 @@ def frames_at(path, timing, wanted, size):
     """The frames on screen at the sorted times `wanted` -> uint8 (N, 3, size, size)."""
     scaler = VideoReformatter()
     frames = decode(path, seek_time(path, timing, int(wanted[0])))
-    timed_frames = zip(timing.times, frames)  # from the beginning, in order
     if timing.can_seek:
         timed_frames = ((frame.pts, frame) for frame in frames if frame.pts is not None)
-    the_end = (math.inf, None)
+    else:
+        timed_frames = zip(timing.times, frames)  # from the beginning, in order
+
     moments, pixels = deque(wanted), []
-    for (_, frame), (until, _) in pairwise(chain(timed_frames, [the_end])):
-        # `frame` is on screen until the next one appears.
-        while moments and moments[0] < until:
+    for time, frame in timed_frames:
+        # If the frame of this moment cannot be decoded, the next one is taken.
+        while moments and moments[0] <= time:
             moments.popleft()
             pixels.append(upright_pixels(frame, size, scaler))
         if not moments:
             break
     if not pixels:
         raise VideoError(f"{path}: no frame can be decoded")
+    # If the end cannot be decoded, the last frame stands for it.
+    pixels += len(moments) * pixels[-1:]
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
 
 def seek_time(path, timing, first):
@@ -592,14 +596,13 @@ def seek_time(path, timing, first):
     the beginning of the file."""
     if not timing.can_seek:
         return None
-    # In MPEG-TS a seek may arrive too late, or where decoding cannot begin. So decode
-    # one frame as a test, and try 10 seconds earlier if it is not good.
+    # A seek in MPEG-TS may miss. It is good if it finds a keyframe that is not too late.
+    # Otherwise try 10 seconds earlier, and then the beginning.
     for start in (first, first - round(10 / timing.tick)):
         if start <= timing.times[0]:
             return None
         frame = next(decode(path, start), None)
-        is_keyframe = frame and frame.key_frame and frame.pts is not None
-        if is_keyframe and frame.pts <= first:
+        if frame and frame.key_frame and frame.pts is not None and frame.pts <= first:
             return start
     return None
 
@@ -613,7 +616,8 @@ def upright_pixels(frame, size, scaler):
         return pixels
 
     # The 3 x 3 matrix starts with a, b, 0, c, d. It turns the x axis of the picture to
-    # (a, b) and the y axis to (c, d), so either b = c = 0, or a = d = 0, or all are 0.
+    # (a, b) and the y axis to (c, d), so either b = c = 0, or a = d = 0. An empty matrix,
+    # all 0, changes nothing.
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
     if abs(b) > abs(a):
         pixels = pixels.swapaxes(0, 1)  # a quarter turn
@@ -627,7 +631,7 @@ def upright_pixels(frame, size, scaler):
 def ranks(sim):
     """sim (A, B) -> the rank of each video for each query, int (A, B), 1 is best. Ties
     count against the model: a rank is the number of videos with at least that score."""
-    sim = sim.contiguous()  # faster in searchsorted, which would warn
+    sim = sim.contiguous()  # or else searchsorted warns that it makes a copy
     ascending = sim.sort(dim=1).values
     number_below = torch.searchsorted(ascending, sim)  # (A, B)
     return sim.shape[1] - number_below
@@ -650,9 +654,9 @@ def retrieval_metrics(sim, target):
     return metrics
 
 def video_to_text(sim, target):
-    """sim (A, B), target (A,) -> (G, G), if G videos have captions: each of these videos
-    (rows) with the best caption of each (columns), as usual since CLIP4Clip. The true
-    pairs are on the diagonal."""
+    """sim (A, B), target (A,) -> (G, G) over the G videos that have captions. Entry (i, j)
+    is the best similarity of video i to a caption of video j, as usual since CLIP4Clip.
+    The true pairs are on the diagonal."""
     videos = target.unique()  # (G,)
     columns = [sim[target == video].amax(dim=0) for video in videos]  # G columns (B,)
     return torch.stack(columns, dim=1)[videos]  # (G, G)

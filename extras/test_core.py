@@ -164,7 +164,7 @@ def test_frames_are_normalised_as_the_weights_want_and_a_saved_model_remembers(
 
 @pytest.mark.parametrize("config, message", [
     (dict(backbone="ViT-B32", pretrained=None), "unknown backbone 'ViT-B32'; .*ViT-B-32"),
-    (dict(backbone="ViT-B-32"), "differ in QuickGELU, .*use the name with -quickgelu"),
+    (dict(backbone="ViT-B-32"), "differ in QuickGELU, .*add or drop -quickgelu"),
     (dict(pretrained="laion"), "cannot load 'laion' into ViT-B-32-quickgelu.*a tag: .*openai"),
     (dict(backbone="coca_ViT-B-32"), "'coca_ViT-B-32' is not supported"),
     (dict(backbone="RN101-quickgelu"), "'RN101-quickgelu' is not supported"),
