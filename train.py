@@ -55,12 +55,13 @@ class Settings(Config):
     cache: str = "data/cache"  # folder of decoded frames, safe to delete
     epochs: int = 5  # passes over all captions (DRL's)
     batch_size: int = 128  # videos in a batch, over all processes (DRL's)
-    captions_per_video: int = 1  # captions that share one encoding of their video
+    captions_per_video: int = 1  # captions of a video in one example of a batch
     micro_batch: int = 0  # videos encoded at a time, to save memory; 0 is all
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # fp32 on a CPU
+    # auto is bf16 or fp16 on a CUDA GPU, else fp32
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     lr_pretrained: float = 1e-7  # learning rate of the pre-trained encoders (Table 9)
     lr: float = 1e-4  # learning rate of everything new (Table 9)
-    weight_decay: float = 0.01  # decoupled; none for biases and norms (Table 9)
+    weight_decay: float = 0.01  # AdamW's (Table 9: 0.01); biases and norms have none
     warmup: float = 0.1  # share of the steps in which the rate rises (Table 9)
     max_grad_norm: float = 1.0  # clips gradients to this norm; 0: no clipping (Table 9)
     seed: int = 0  # of the weights and of the order of the clips
@@ -73,7 +74,7 @@ class Settings(Config):
     eval_only: str = ""  # evaluate the model of this run, on --data if it is given
     allow_missing: bool = False  # leave out clips that cannot be read
 
-# What --resume and --eval-only may change. Data may move: `data_hash` compares them.
+# What --resume and --eval-only may change. Data may move; data_hash finds a difference.
 MAY_CHANGE = {"data", "root", "out", "cache", "device", "micro_batch", "workers",
               "checkpoint_every", "eval_every", "resume", "eval_only", "allow_missing"}
 
@@ -126,7 +127,7 @@ def parse_settings(argv):
 
 def refuse_changes(s, saved, folder):
     """Raise InputError if `s` differs from `saved`, a dictionary of a run's settings."""
-    # `saved` may come from JSON, which makes lists of tuples.
+    # JSON has no tuples: a setting of yours that is a tuple is saved as a list.
     settings = json.loads(json.dumps(asdict(s)))
     for name in saved.keys() - MAY_CHANGE:
         if name == "precision" and s.eval_only:
@@ -216,7 +217,7 @@ def load_clips(s):
     for source, record in records:
         with user_errors(source):
             split = record.pop("split")
-            if split not in list(data):
+            if split not in ("train", "val", "test"):
                 raise ValueError("expected a split of train, val or test")
             clip = Clip(record.pop("video"), **record)  # TypeError for unknown keys
             key = (os.path.realpath(clip.path), clip.start, clip.end)
@@ -309,7 +310,7 @@ def cached_frames(clip, num_frames, size, cache):
     key = [CACHE_VERSION, os.path.abspath(clip.path), file_id(clip.path), clip.start,
            clip.end, num_frames, size]
     with contextlib.suppress(OSError):
-        # It shows changes beyond 64 KB. file_id shows a new file with the old time.
+        # The time of change, too, because file_id reads only the first 64 KB.
         key.append(os.stat(clip.path).st_mtime_ns)
     path = Path(cache, hashlib.sha1(json.dumps(key).encode()).hexdigest())
     shape = (num_frames, 3, size, size)
@@ -448,8 +449,9 @@ def schedule(step, steps, warmup):
     return (steps - step) / (steps - rise)
 
 # ---- Several processes (torchrun)
-# Each encodes its share of a batch, gathers all, and computes the loss of the whole batch.
-# Its gradients are those through its own share, so their sum is the whole gradient.
+# Each encodes its share of a batch, gathers all embeddings, and computes the whole loss.
+# Gradients flow only to its own embeddings, so the sum over processes is right, not the
+# mean as in DDP.
 def rank_slice(items):
     """The part of a list that this process works on."""
     return items[len(items) * RANK // WORLD:len(items) * (RANK + 1) // WORLD]
@@ -505,8 +507,7 @@ def training_step(model, optimizer, scaler, s, ids, mask, frames, positives):
     scaler.unscale_(optimizer)
     max_norm = s.max_grad_norm or math.inf
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    # The loss scale, 1 without fp16: write_log tells by it whether a step was skipped.
-    # get_scale() would wait for the GPU.
+    # The loss scale, 1 without fp16, for write_log. get_scale() would wait for the GPU.
     scale = scaler.scale(torch.ones_like(norm))
     scaler.step(optimizer)  # skipped in fp16 if a gradient overflows
     scaler.update()
@@ -657,8 +658,8 @@ def write_log(log, bar, unread):
     for line, numbers in unread:
         loss, true_f, true_v, norm, loss_scale = numbers.tolist()
         line.update(loss=loss, MMS_F=true_f, MMS_V=true_v, grad_norm=norm)
-        # In fp16 a gradient may overflow, and the step is skipped. Otherwise, at scale 1,
-        # a number that is not finite is a failure.
+        # fp16 skips a step whose gradients overflow, and halves the loss scale. At scale
+        # 1, as without fp16, they are a failure.
         if loss_scale > 1 and not math.isfinite(norm):
             line.update(grad_norm=None, loss_scale=loss_scale)
         elif not math.isfinite(loss + norm):
@@ -691,7 +692,7 @@ def checkpoint_paths(out):
 def save_checkpoint(out, step, log_end, state, data_id, s):
     """Write out/checkpoints/step-N.pt after N steps, and keep the one before it."""
     content = {name: part.state_dict() for name, part in state.items()}
-    # Nothing is random in a step, unless you add dropout: on a CPU it draws from `rng`.
+    # `rng` is for dropout that you may add, on a CPU.
     content |= dict(step=step, log_end=log_end, data=data_id,
                     settings=json.dumps(asdict(s)), rng=torch.get_rng_state())
     path = out / "checkpoints" / f"step-{step:08d}.pt"
@@ -700,7 +701,7 @@ def save_checkpoint(out, step, log_end, state, data_id, s):
     torch.save(content, buffer)
     with atomic_write(path) as file:
         file.write(buffer.getbuffer())
-    # After a fall back to this step, later ones that are damaged may be left.
+    # Later ones, if any, are damaged: load_checkpoint passed over them.
     older = [other for other in checkpoint_paths(out) if other < path]
     for other in older[:-1]:
         other.unlink()
@@ -724,7 +725,7 @@ def restore(out, state, data_id, s):
     """Load the last checkpoint -> its step and the log's length, or 0, 0 without one."""
     content = load_checkpoint(out)
     if content is None:
-        # The run was finished, but the last line of its log, the result, is lost.
+        # `run` saves the model at the end, before the result: its log has lost this.
         if (out / "model.safetensors").exists():
             raise InputError(f"{out} holds a model, but its log is damaged: start a new run")
         return 0, 0
@@ -807,7 +808,7 @@ def score_rows(direction, sims, target, interaction):
     return rows
 
 def results_table(result):
-    """The result of a run, the last line of its log, as text."""
+    """The result of a run, which `run` makes, as text."""
     lines = [f"gallery of {result['gallery']} clips"]
     if result["missing"]:
         lines[0] += f", {result['missing']} test clips missing: not comparable"
@@ -847,6 +848,7 @@ def run(s, device):
 
     torch.manual_seed(s.seed)
     model = make_model(s, out)
+    # To notice videos that are replaced during the run.
     old_ids = {clip.path: file_id(clip.path) for split in splits for clip in data[split]}
     readable = {split: fill_cache(data[split], split, s, model.image_size)
                 for split in splits}
@@ -919,13 +921,12 @@ def remove_checkpoints(out):
 
 def train_and_evaluate(model, data, s, device, out, data_id):
     """-> what `evaluate` returns of the test clips, in the first process."""
-    # The error below names how many videos were encoded at once.
     videos_at_once = s.micro_batch or s.batch_size // WORLD
     try:
         model.to(device)
         if s.compile:
-            # In place, so that the parameters keep their names. encode_query calls the
-            # text transformer itself.
+            # In place, so that the parameters keep their names. Of the text encoder,
+            # only the transformer is called as a module.
             visual, text = model.backbone.visual, model.backbone.text
             for module in (visual, text.transformer, model.temporal):
                 module.compile()

@@ -47,8 +47,7 @@ class VideoError(InputError):
 class Config:
     # A CLIP or SigLIP model of open_clip (section 5.2), or "tiny" for a CPU.
     backbone: str = "ViT-B-32-quickgelu"
-    # An open_clip tag, a file, or none; auto is OpenAI's CLIP or WebLI's SigLIP (5.2).
-    # In Python, None means none, too.
+    # An open_clip tag, a file, or none (or None); auto is OpenAI's CLIP or WebLI's SigLIP.
     pretrained: str | None = "auto"
     num_frames: int = 12  # frames per video (section 5.2, Table 7)
     num_tokens: int = 32  # tokens per query (5.2); SigLIP uses all it has, 64
@@ -69,7 +68,7 @@ class Config:
 # ---- Interaction (section 4.1)
 def token_frame_similarities(Q, V):
     """Each token with each frame: Q (A, M, d), V (B, N, d) -> (A, M, B, N)."""
-    # Not in half precision, because the loss multiplies errors by exp(4.77) = 118.
+    # Q and V are float32 and stay so: the loss multiplies errors by exp(4.77) = 118.
     with torch.autocast(Q.device.type, enabled=False):
         return torch.einsum("amd,bnd->ambn", Q, V)
 
@@ -142,8 +141,8 @@ def load_backbone(name, pretrained):
     """-> an open_clip model, and the pixel mean and std that its weights expect. Raises
     InputError for a name or weights that cannot be used.
 
-    open_clip.create_model would not do: it cannot read OpenAI's .pt files, resizes
-    positions silently, and only warns if QuickGELU differs."""
+    open_clip.create_model would not do: it cannot read a local .pt file of OpenAI,
+    resizes positions silently, and only warns if QuickGELU differs."""
     if name == "tiny":
         if pretrained not in ("auto", "none", None):
             raise InputError("the tiny backbone has no pretrained weights")
@@ -156,12 +155,12 @@ def load_backbone(name, pretrained):
     # CustomTextCLIP has its text encoder as a module of its own, model.text.
     model = open_clip.CustomTextCLIP(**config)
     tags = open_clip.list_pretrained_tags_by_model(name)
-    usual = "webli" if "webli" in tags else "openai"
+    default_tag = "webli" if "webli" in tags else "openai"
     if pretrained == "auto":
-        pretrained = usual
+        pretrained = default_tag
     is_tag = pretrained in tags
-    # Only tags come with a mean and std. In other cases take the usual tag's.
-    info = open_clip.get_pretrained_cfg(name, pretrained if is_tag else usual)
+    # A file, or none, gets the mean and std of the default tag.
+    info = open_clip.get_pretrained_cfg(name, pretrained if is_tag else default_tag)
     mean = info.get("mean", open_clip.OPENAI_DATASET_MEAN)
     std = info.get("std", open_clip.OPENAI_DATASET_STD)
     if pretrained in (None, "none"):
@@ -205,7 +204,7 @@ def backbone_config(name):
     return config
 
 # open_clip's checkpoints may hold NumPy numbers, such as the epoch. torch's safe loader
-# accepts only what is listed here. The pair lists `scalar` again, under its NumPy 1 name.
+# accepts only what is listed here. A pair (object, name) allows an older name, NumPy 1's.
 scalar = np._core.multiarray.scalar
 NUMPY_NUMBERS = [scalar, (scalar, "numpy.core.multiarray.scalar"),
                  np.dtype, np.dtypes.Int64DType, np.dtypes.Float64DType]
@@ -483,12 +482,12 @@ class Timing(NamedTuple):
     times: np.ndarray  # of all frames in ticks, sorted
     end: int  # of the last frame, in ticks
     tick: float  # in seconds
-    can_seek: bool  # whether a seek finds the frame of a time
+    can_seek: bool  # whether seeking to a time gets to the right frame
 
 @contextlib.contextmanager
 def open_video(path):
-    """-> container, video stream, can_seek: whether the format stores exact times, so that
-    a seek finds the frame of a time. AVI does not. Raises VideoError."""
+    """-> container, video stream, can_seek: whether the format stores exact times, unlike
+    AVI, so that seeking works. Raises VideoError."""
     try:
         # An absolute path, because a relative one with a colon may look like an address.
         with av.open(os.path.join(os.getcwd(), path), metadata_errors="ignore") as container:
@@ -521,7 +520,7 @@ def frame_times(path):
         tick = float(stream.time_base)
         frame_rate = float(stream.average_rate or 25)  # 25 if unknown
         for packet in container.demux(stream):
-            # The last packet is empty. Some are cut off by an edit list.
+            # Skip the empty last packet, and frames that an edit list hides.
             if packet.size and not packet.is_discard:
                 times.append(packet.pts)
                 durations.append(packet.duration)
@@ -529,14 +528,15 @@ def frame_times(path):
                     decoding_times.append(packet.dts)
 
     # Times of decoding rise, unless files were joined into one.
-    joined = jump_back(decoding_times, tick)
-    can_seek = can_seek and not joined and None not in times
+    is_joined = jumps_back(decoding_times, tick)
+    can_seek = can_seek and not is_joined and None not in times
     if not can_seek:
-        # H.264 in AVI has the right times on the wrong frames. They are sorted, and
-        # frames_at gives the i-th frame the i-th time.
+        # Decode all frames. Of H.264 in AVI they come in order, but their times do not,
+        # so these are sorted below, and frames_at counts frames.
         times = [frame.pts for frame in decode(path)]
         durations = [0] * len(times)  # unknown
-        if None in times or jump_back(times, tick):
+        if None in times or jumps_back(times, tick):
+            # The times are of no use: frame i appears at i / frame_rate.
             times = range(len(times))
             tick = 1 / frame_rate
     if not times:
@@ -550,7 +550,7 @@ def frame_times(path):
         duration = max(1, (times[-1] - times[0]) // max(1, len(times) - 1))
     return Timing(times, times[-1] + duration, tick, can_seek)
 
-def jump_back(times, tick):
+def jumps_back(times, tick):
     """Whether the times jump back by more than a second."""
     return (np.diff(times) * tick < -1).any()
 
@@ -575,20 +575,21 @@ def frames_at(path, timing, wanted, size):
     if timing.can_seek:
         timed_frames = ((frame.pts, frame) for frame in frames if frame.pts is not None)
     else:
-        timed_frames = zip(timing.times, frames)  # from the beginning, in order
+        timed_frames = zip(timing.times, frames)  # all frames, in order
 
-    moments, pixels = deque(wanted), []
+    left, pixels = deque(wanted), []
     for time, frame in timed_frames:
-        # If the frame of this moment cannot be decoded, the next one is taken.
-        while moments and moments[0] <= time:
-            moments.popleft()
+        # A short video gives a frame several times. For a frame that cannot be decoded,
+        # the next one is taken.
+        while left and left[0] <= time:
+            left.popleft()
             pixels.append(upright_pixels(frame, size, scaler))
-        if not moments:
+        if not left:
             break
     if not pixels:
         raise VideoError(f"{path}: no frame can be decoded")
     # If the end cannot be decoded, the last frame stands for it.
-    pixels += len(moments) * pixels[-1:]
+    pixels += len(left) * pixels[-1:]
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
 
 def seek_time(path, timing, first):
@@ -615,16 +616,16 @@ def upright_pixels(frame, size, scaler):
     if matrix is None:
         return pixels
 
-    # The 3 x 3 matrix starts with a, b, 0, c, d. It turns the x axis of the picture to
-    # (a, b) and the y axis to (c, d), so either b = c = 0, or a = d = 0. An empty matrix,
-    # all 0, changes nothing.
+    # The 3 x 3 matrix starts with a, b, 0, c, d. The x axis of the picture is to point to
+    # (a, b), and the y axis to (c, d). So either b and c are 0, or a and d (a quarter
+    # turn), and a sum has the sign of the other. An empty matrix changes nothing.
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
     if abs(b) > abs(a):
-        pixels = pixels.swapaxes(0, 1)  # a quarter turn
+        pixels = pixels.swapaxes(0, 1)
     if a + c < 0:
-        pixels = pixels[:, ::-1]  # left is right
+        pixels = pixels[:, ::-1]  # mirror left and right
     if b + d < 0:
-        pixels = pixels[::-1]  # the top is the bottom
+        pixels = pixels[::-1]  # mirror top and bottom
     return pixels
 
 # ---- Metrics (section 5.3)
@@ -654,9 +655,9 @@ def retrieval_metrics(sim, target):
     return metrics
 
 def video_to_text(sim, target):
-    """sim (A, B), target (A,) -> (G, G) over the G videos that have captions. Entry (i, j)
-    is the best similarity of video i to a caption of video j, as usual since CLIP4Clip.
-    The true pairs are on the diagonal."""
+    """sim (A, B), target (A,) -> (G, G) over the G videos that have captions; others are
+    left out. Entry (i, j) is the best similarity of video i to a caption of video j, as
+    usual since CLIP4Clip. The true pairs are on the diagonal."""
     videos = target.unique()  # (G,)
     columns = [sim[target == video].amax(dim=0) for video in videos]  # G columns (B,)
     return torch.stack(columns, dim=1)[videos]  # (G, G)
