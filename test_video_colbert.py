@@ -174,9 +174,9 @@ def step(model, s, *batch):
 def test_positives_reach_the_loss_and_the_log():
     model, s, *batch = four_videos()
     positives = batch[-1]
-    loss, sim_F, sim_V = model(*batch)
-    want = sigmoid_loss(sim_F, positives) + sigmoid_loss(sim_V, positives)
-    means = torch.stack([want, sim_F[positives].mean(), sim_V[positives].mean()])
+    loss, mms_f, mms_v = model(*batch)
+    want = sigmoid_loss(mms_f, positives) + sigmoid_loss(mms_v, positives)
+    means = torch.stack([want, mms_f[positives].mean(), mms_v[positives].mean()])
     numbers, gradient = step(model, s, *batch)
     assert torch.allclose(loss, want) and torch.allclose(numbers[:3], means, atol=1e-5)
     assert numbers[3] > 1 and gradient.norm().item() == pytest.approx(1, abs=1e-3)
@@ -235,12 +235,12 @@ def test_the_model_trains_with_the_loss_that_its_config_names(loss, form):
     model = VideoColBERT(Config(backbone="tiny", num_frames=2, loss=loss, loss_form=form,
                                 lambda_frame=0.5, lambda_video=2.0))
     ids, mask = model.tokenize(["one", "two", "three"])
-    total, sim_F, sim_V = model(ids, mask, pixels(3, 2))
+    total, mms_f, mms_v = model(ids, mask, pixels(3, 2))
     function = {"sigmoid": sigmoid_loss, "infonce": info_nce_loss}[loss]
     single = partial(function, logit_scale=4.77)
-    want = single(sim_F + sim_V)
+    want = single(mms_f + mms_v)
     if form == "dual":
-        want = 0.5 * single(sim_F) + 2.0 * single(sim_V)
+        want = 0.5 * single(mms_f) + 2.0 * single(mms_v)
     assert abs(total - want) < 1e-5
     total.backward()
 
@@ -249,8 +249,8 @@ def test_a_new_loss_needs_one_entry_in_the_table(monkeypatch):
         return (sim.diag()[:, None] - sim).relu().mean()
     monkeypatch.setitem(video_colbert.LOSSES, "margin", margin_loss)
     model = VideoColBERT(Config(backbone="tiny", num_frames=2, loss="margin"))
-    total, sim_F, sim_V = model(*model.tokenize(["one", "two"]), pixels(2, 2))
-    assert total == margin_loss(sim_F, None, 0, 0) + margin_loss(sim_V, None, 0, 0)
+    total, mms_f, mms_v = model(*model.tokenize(["one", "two"]), pixels(2, 2))
+    assert total == margin_loss(mms_f, None, 0, 0) + margin_loss(mms_v, None, 0, 0)
 
 # ---- Encoders, against open_clip's own
 @pytest.fixture(scope="module",
@@ -575,8 +575,8 @@ def test_a_few_clips_are_overfitted_from_file_to_recall(tmp_path):
     log = records(tmp_path)
     assert log[-1]["loss"] < 4 < 10 < log[0]["loss"]
     assert all(max(line["MMS_F"], line["MMS_V"]) <= 1 for line in log)
-    sim_F, sim_V, target = train.evaluate(model, clips, s, model.device)
-    assert retrieval_metrics(mms_fv(sim_F, sim_V), target)["R@1"] >= 90
+    mms_f, mms_v, target = train.evaluate(model, clips, s, model.device)
+    assert retrieval_metrics(mms_fv(mms_f, mms_v), target)["R@1"] >= 90
 
 def records(out):
     return [json.loads(line) for line in open(f"{out}/log.jsonl")]

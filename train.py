@@ -303,7 +303,7 @@ def data_hash(data):
     return hashlib.sha256(json.dumps(clips).encode()).hexdigest()
 
 # ---- Frames: each clip is decoded once, into a file of the cache
-CACHE_VERSION = 4  # increase it when sample_frames gives other pixels
+CACHE_VERSION = 5  # increase it when sample_frames gives other pixels
 
 def cached_frames(clip, num_frames, size, cache):
     """sample_frames of a clip through the cache: uint8 (N, 3, size, size)."""

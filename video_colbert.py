@@ -15,7 +15,6 @@ import contextlib
 import copy
 import difflib
 import json
-import math
 import os
 import zipfile
 from collections import deque
@@ -528,14 +527,14 @@ def frame_times(path):
                     decoding_times.append(packet.dts)
 
     # Times of decoding rise, unless files were joined into one.
-    is_joined = jumps_back(decoding_times, tick)
+    is_joined = (np.diff(decoding_times) * tick < -1).any()
     can_seek = can_seek and not is_joined and None not in times
     if not can_seek:
         # Decode all frames. Of H.264 in AVI they come in order, but their times do not,
         # so these are sorted below, and frames_at counts frames.
         times = [frame.pts for frame in decode(path)]
         durations = [0] * len(times)  # unknown
-        if None in times or jumps_back(times, tick):
+        if is_joined or None in times:
             # The times are of no use: frame i appears at i / frame_rate.
             times = range(len(times))
             tick = 1 / frame_rate
@@ -549,10 +548,6 @@ def frame_times(path):
         # The mean gap between frames, at least one tick.
         duration = max(1, (times[-1] - times[0]) // max(1, len(times) - 1))
     return Timing(times, times[-1] + duration, tick, can_seek)
-
-def jumps_back(times, tick):
-    """Whether the times jump back by more than a second."""
-    return (np.diff(times) * tick < -1).any()
 
 def sample_times(path, timing, num_frames, start=0.0, end=None):
     """The times, (num_frames,) in ticks, of the frames that sample_frames takes."""
@@ -577,19 +572,20 @@ def frames_at(path, timing, wanted, size):
     else:
         timed_frames = zip(timing.times, frames)  # all frames, in order
 
-    left, pixels = deque(wanted), []
+    left, pixels, shown = deque(wanted), [], None
     for time, frame in timed_frames:
-        # A short video gives a frame several times. For a frame that cannot be decoded,
-        # the next one is taken.
-        while left and left[0] <= time:
+        # `shown` is on screen until `time`. There may be none yet at the beginning, and not
+        # every time has a frame.
+        while left and left[0] < time:
             left.popleft()
-            pixels.append(upright_pixels(frame, size, scaler))
+            pixels.append(upright_pixels(shown or frame, size, scaler))
         if not left:
             break
-    if not pixels:
+        shown = frame
+    if not shown:
         raise VideoError(f"{path}: no frame can be decoded")
-    # If the end cannot be decoded, the last frame stands for it.
-    pixels += len(left) * pixels[-1:]
+    # The last frame stays on screen.
+    pixels += [upright_pixels(shown, size, scaler) for _ in left]
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
 
 def seek_time(path, timing, first):

@@ -78,8 +78,8 @@ def find_run(s):
     for folder, saved in all_runs():
         if identity(saved) != identity(s):
             continue
-        record = read_result(folder)
         try:
+            record = read_result(folder)
             state = record or train.load_checkpoint(folder)
         except InputError as error:
             warn_once(f"not reused: {error}")
@@ -131,9 +131,9 @@ def query_ranks(folder, s, device):
                     workers=s.workers, allow_missing=s.allow_missing)
     clips = train.load_clips(saved)["test"]
     clips = train.fill_cache(clips, "test", saved, model.image_size)
-    sim_F, sim_V, target = train.evaluate(model, clips, saved, device)
-    sims = {"F": sim_F, "V": sim_V, "FV": mms_fv(sim_F, sim_V),
-            "RRF": reciprocal_rank_fusion(sim_F, sim_V)}
+    mms_f, mms_v, target = train.evaluate(model, clips, saved, device)
+    sims = {"F": mms_f, "V": mms_v, "FV": mms_fv(mms_f, mms_v),
+            "RRF": reciprocal_rank_fusion(mms_f, mms_v)}
     rank = {level: ranks(sim).gather(1, target[:, None]) for level, sim in sims.items()}
 
     special = int(model.real_tokens(model.tokenize([""])[0]).sum())
@@ -341,8 +341,8 @@ def draw_own_query(argv, s, device, text):
     model, clips, _ = query_ranks(folder, s, device)
     saved = replace(read_settings(folder), cache=s.cache)
     asked = [replace(clip, captions=[text]) for clip in clips]
-    sim_F, sim_V, _ = train.evaluate(model, asked, saved, device)
-    best = int(mms_fv(sim_F, sim_V)[0].argmax())
+    mms_f, mms_v, _ = train.evaluate(model, asked, saved, device)
+    best = int(mms_fv(mms_f, mms_v)[0].argmax())
     return draw_interactions([example_row(model, text, clips[best], "the best fit")])
 
 # ---- Command line

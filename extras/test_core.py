@@ -616,8 +616,8 @@ def test_evaluation_moves_its_batches_to_the_gpu_and_its_results_back(fake_gpu, 
         len(part), 3, 3, size, size, dtype=torch.uint8))
     clips = [train.Clip(str(i), ["a dog"]) for i in range(3)]
     s = train.Settings(micro_batch=2, precision="fp32")
-    sim_F, sim_V, target = train.evaluate(fake_gpu, clips, s, torch.device("cuda"))
-    for x in (sim_F, sim_V):
+    mms_f, mms_v, target = train.evaluate(fake_gpu, clips, s, torch.device("cuda"))
+    for x in (mms_f, mms_v):
         assert x.device.type == "cpu" and x.shape == (3, 3)
     assert target.device.type == "cpu"
 

@@ -442,7 +442,32 @@ def test_a_name_with_a_colon_is_a_file(data):
     write_clip(data / "2024-01-01T10:00:00.mp4", 5)
     assert sample_frames("2024-01-01T10:00:00.mp4", 2, 16).shape == (2, 3, 16, 16)
 
+def test_an_evaluation_may_have_another_precision_and_a_resumed_run_may_not(data, monkeypatch):
+    run_until(monkeypatch, [*FLAGS, "--out", "a"], "result_rows", 0)
+    with pytest.raises(InputError, match="cannot change precision of a"):
+        train.main(["--resume", "a", "--precision", "bf16"])
+    train.main(["--resume", "a"])
+    train.main(["--eval-only", "a", "--precision", "bf16", "--out", "b"])
+    assert train.read_settings("b").precision == "bf16"
+
+def test_memory_that_runs_out_in_an_evaluation_names_how_many_videos_were_too_many(
+        data, monkeypatch):
+    def too_many(*args):
+        raise torch.OutOfMemoryError
+    monkeypatch.setattr(train, "evaluate", too_many)
+    with pytest.raises(InputError, match="^32 videos .*--micro-batch 16"):
+        train.main([*FLAGS, "--epochs", "0", "--out", "a"])
+
+def test_what_a_killed_checkpoint_left_is_removed_with_the_checkpoints(data, monkeypatch):
+    run_until(monkeypatch, [*FLAGS, "--out", "a"], "result_rows", 0)
+    os.mkdir("a/checkpoints/part-abc")
+    Path("a/checkpoints/part-abc/part").touch()
+    train.main(["--resume", "a"])
+    assert not Path("a/checkpoints").exists()
+
 def test_a_closed_terminal_saves_a_checkpoint(data, monkeypatch):
+    # Under nohup, SIGHUP is ignored.
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)
     step = train.training_step
     monkeypatch.setattr(train, "training_step",
                         lambda *a: os.kill(os.getpid(), signal.SIGHUP) or step(*a))

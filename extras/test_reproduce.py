@@ -282,7 +282,9 @@ def test_the_papers_numbers_stand_beside_msrvtt_and_say_whose_they_are(data, mon
     record = dict(evaluation=[row, {**row, "direction": "video to text"}], gallery=9, missing=2)
     machines = iter(["one", "one", "two", "two"])
     monkeypatch.setattr(reproduce, "runs_of", lambda *args: ["runs/x"])
-    monkeypatch.setattr(reproduce, "read_result", lambda run: {**record, "machine": next(machines)})
+    def read_result(run):
+        return {**record, "machine": next(machines)}
+    monkeypatch.setattr(reproduce, "read_result", read_result)
     main(["--table", "5", "--data", "msrvtt", "--device", "cpu"])
     out = capsys.readouterr().out
     table = cells(out)

@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from extras.long_videos import seek_frames
-from train import atomic_write, autocast, locked, prefetch, user_errors
+from train import CACHE_VERSION, atomic_write, autocast, locked, prefetch, user_errors
 from video_colbert import (
     InputError, Timing, VideoError, frame_times, mean_max_sim, sample_times)
 
@@ -130,7 +130,8 @@ def plan_pieces(video, meta, problems):
     spans = [segment_span(meta, seconds, i) for i in range(count)]
     if count == 1:
         spans = [(0.0, None)]  # to its end, without rounding
-    # Without seeking, each piece is decoded from the video's beginning, so there are fewer.
+    # Without seeking, each piece is decoded from the video's beginning, so there are fewer,
+    # but not so few that their frames fill the memory.
     size = PIECE if timing.can_seek else 4 * PIECE
     return [Piece(video, path, timing, spans[i:i + size]) for i in range(0, count, size)]
 
@@ -240,7 +241,8 @@ class VideoIndex:
         meta = dict(root=root, model=str(name), fingerprint=fingerprint(model),
                     width=model.width, num_frames=c.num_frames,
                     visual_expansion=c.visual_expansion, segment=segment, stride=stride,
-                    vectors=f"vectors-{uuid.uuid4().hex}.f16", videos=[])
+                    vectors=f"vectors-{uuid.uuid4().hex}.f16", videos=[],
+                    frames=CACHE_VERSION)
 
         with changing(folder):
             found, problems = find_videos(root)
@@ -269,8 +271,11 @@ class VideoIndex:
                                  f"{self.meta[name]}")
 
         keep = []
+        # Of an older version of sample_frames, all videos are encoded again.
+        has_same_frames = self.meta.get("frames") == meta["frames"]
         for i, video in enumerate(self.videos):
-            is_same = found.get(video.path) == video._replace(seconds=0.0)
+            is_same_file = found.get(video.path) == video._replace(seconds=0.0)
+            is_same = is_same_file and has_same_frames
             path = Path(meta["root"], video.path)
             was_skipped = any(str(place) in skipped for place in (path, *path.parents))
             if is_same or was_skipped:
