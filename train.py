@@ -98,7 +98,7 @@ def default_settings(data="", backbone="", loss=""):
 def parse_settings(argv):
     """Command line -> Settings. A flag that is not given has the value of the run to resume
     or to evaluate, or else of default_settings."""
-    # tyro needs the defaults before it parses, and they depend on these flags.
+    # First only the flags on which the defaults depend; below, tyro reads all.
     preparser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--data", "--backbone", "--loss", "--resume"):
         preparser.add_argument(flag, default="")
@@ -115,7 +115,7 @@ def parse_settings(argv):
             default = replace(saved, root="")  # it was the folder of the other data
     else:
         default = default_settings(typed.data, typed.backbone, typed.loss)
-    # tyro's own message for --freeze False does not mention --no-freeze.
+    # tyro would refuse this, too, but without naming --no-freeze.
     values = [arg.split("=")[-1] for arg in argv]
     if "True" in values or "False" in values:
         raise InputError("do not write True or False, but --freeze or --no-freeze")
@@ -203,7 +203,7 @@ def load_clips(s):
     if s.data == "shapes":
         from extras.shapes import write_shapes  # only these data need extras/
         with user_errors(root):
-            write_shapes(root)  # once: other processes wait
+            write_shapes(root)  # with a lock: other processes wait
         records = json_records(f"{root}/clips.jsonl")
     elif s.data == "msrvtt":
         records = msrvtt_records(root)
@@ -381,8 +381,8 @@ def prefetch(function, items, threads):
 # ---- Batches
 def epoch_examples(clips, s, epoch):
     """A list of (index of a clip, indices of k of its captions) in random order; k is
-    captions_per_video. Each caption is used once. If a clip has too few for its last
-    example, that is filled up from the beginning of the shuffled captions."""
+    captions_per_video. Each caption is used once, except that a clip's last example may
+    repeat its first ones."""
     rng = np.random.default_rng([s.seed, epoch])
     k = s.captions_per_video
     examples = []
@@ -410,8 +410,7 @@ def load_batch(batch, clips, s, model):
 
 def positive_pairs(clips, batch):
     """Which captions of a batch describe which of its videos -> bool (A, B). A caption
-    describes its own video, which may be in the batch twice, and each video that has the
-    same caption in this batch."""
+    describes every video that has this text in the batch."""
     captions = [(v, clips[v].captions[c]) for v, chosen in batch for c in chosen]
     videos_of_text = {}
     for v, text in captions:
@@ -424,8 +423,8 @@ def positive_pairs(clips, batch):
 def make_optimizer(model, s):
     """AdamW, in groups of pre-trained parameters, new ones, and the loss's scale and
     bias. Biases and norms, which have one dimension, do not decay."""
-    # Trained from scratch, the loss's scale and bias start far from their final values.
-    # Otherwise they come from pre-training, too.
+    # The tiny model's scale and bias start far from their final values. Others start at
+    # pre-trained values.
     loss_lr = 10 * s.lr if s.backbone == "tiny" else s.lr_pretrained
     peak_lr = dict(pretrained=s.lr_pretrained, new=s.lr, scale=loss_lr)
     groups = {}
@@ -450,8 +449,8 @@ def schedule(step, steps, warmup):
 
 # ---- Several processes (torchrun)
 # Each encodes its share of a batch, gathers all embeddings, and computes the whole loss.
-# Gradients flow only to its own embeddings, so the sum over processes is right, not the
-# mean as in DDP.
+# It has only the gradient through its own share. The whole gradient is the sum of these,
+# while DDP would average.
 def rank_slice(items):
     """The part of a list that this process works on."""
     return items[len(items) * RANK // WORLD:len(items) * (RANK + 1) // WORLD]
@@ -484,7 +483,7 @@ def sum_gradients(model):
     named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     for name, gradient in named.items():
         if name.startswith("logit_"):
-            gradient.div_(WORLD)  # each process has the whole batch's already
+            gradient.div_(WORLD)  # these are whole in each process already
     # One message instead of one for each parameter.
     flat = torch.cat([gradient.flatten() for gradient in named.values()])
     dist.all_reduce(flat)
@@ -507,7 +506,7 @@ def training_step(model, optimizer, scaler, s, ids, mask, frames, positives):
     scaler.unscale_(optimizer)
     max_norm = s.max_grad_norm or math.inf
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    # The loss scale, 1 without fp16, for write_log. get_scale() would wait for the GPU.
+    # The loss scale of fp16, otherwise 1. get_scale() would wait for the GPU.
     scale = scaler.scale(torch.ones_like(norm))
     scaler.step(optimizer)  # skipped in fp16 if a gradient overflows
     scaler.update()
@@ -616,7 +615,7 @@ def train(model, data, s, device, out, data_id):
             numbers = training_step(model, optimizer, scaler, s, *inputs)
             bar.update()
 
-            # Groups of one name have one rate.
+            # Groups differ in name or weight decay; the rate depends on the name.
             lr = {group["name"]: group["lr"] for group in optimizer.param_groups}
             epoch, place = divmod(step, steps_per_epoch)
             unread.append((dict(step=step, epoch=epoch, lr=lr), numbers))
@@ -658,8 +657,8 @@ def write_log(log, bar, unread):
     for line, numbers in unread:
         loss, true_f, true_v, norm, loss_scale = numbers.tolist()
         line.update(loss=loss, MMS_F=true_f, MMS_V=true_v, grad_norm=norm)
-        # fp16 skips a step whose gradients overflow, and halves the loss scale. At scale
-        # 1, as without fp16, they are a failure.
+        # fp16 skips a step whose gradients overflow, and halves its loss scale: note it
+        # and go on. If the scale is already 1, or without fp16, training has failed.
         if loss_scale > 1 and not math.isfinite(norm):
             line.update(grad_norm=None, loss_scale=loss_scale)
         elif not math.isfinite(loss + norm):
@@ -701,7 +700,7 @@ def save_checkpoint(out, step, log_end, state, data_id, s):
     torch.save(content, buffer)
     with atomic_write(path) as file:
         file.write(buffer.getbuffer())
-    # Later ones, if any, are damaged: load_checkpoint passed over them.
+    # After a resume from an older checkpoint, damaged later ones may be here: leave them.
     older = [other for other in checkpoint_paths(out) if other < path]
     for other in older[:-1]:
         other.unlink()
@@ -725,7 +724,7 @@ def restore(out, state, data_id, s):
     """Load the last checkpoint -> its step and the log's length, or 0, 0 without one."""
     content = load_checkpoint(out)
     if content is None:
-        # `run` saves the model at the end, before the result: its log has lost this.
+        # A model without checkpoints: the run was finished, but its log lost the result.
         if (out / "model.safetensors").exists():
             raise InputError(f"{out} holds a model, but its log is damaged: start a new run")
         return 0, 0
@@ -941,7 +940,7 @@ def train_and_evaluate(model, data, s, device, out, data_id):
                          f"use --resume {out} --micro-batch {fewer}") from None
 
 def run_folder(s):
-    """The folder of a new run, or of the one to resume."""
+    """The folder of a new run or evaluation, or of the run to resume."""
     if s.resume:
         return Path(s.resume)
     if s.eval_only and not read_result(s.eval_only):

@@ -67,7 +67,7 @@ class Config:
 # ---- Interaction (section 4.1)
 def token_frame_similarities(Q, V):
     """Each token with each frame: Q (A, M, d), V (B, N, d) -> (A, M, B, N)."""
-    # Q and V are float32 and stay so: the loss multiplies errors by exp(4.77) = 118.
+    # Autocast would round to bf16, and the loss multiplies errors by exp(4.77) = 118.
     with torch.autocast(Q.device.type, enabled=False):
         return torch.einsum("amd,bnd->ambn", Q, V)
 
@@ -146,7 +146,7 @@ def load_backbone(name, pretrained):
         if pretrained not in ("auto", "none", None):
             raise InputError("the tiny backbone has no pretrained weights")
         model = open_clip.CustomTextCLIP(**TINY)
-        # Otherwise patch embeddings swamp the positions; 4 was found by trial.
+        # Untrained positions are too small beside patches; 4 was found by trial.
         model.visual.positional_embedding.data *= 4
         return model, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 
@@ -157,13 +157,15 @@ def load_backbone(name, pretrained):
     default_tag = "webli" if "webli" in tags else "openai"
     if pretrained == "auto":
         pretrained = default_tag
-    is_tag = pretrained in tags
-    # A file, or none, gets the mean and std of the default tag.
-    info = open_clip.get_pretrained_cfg(name, pretrained if is_tag else default_tag)
+    # A mean and std of pixels belong to a tag. A file, or none, gets the default tag's.
+    tag = pretrained if pretrained in tags else default_tag
+    info = open_clip.get_pretrained_cfg(name, tag)
     mean = info.get("mean", open_clip.OPENAI_DATASET_MEAN)
     std = info.get("std", open_clip.OPENAI_DATASET_STD)
     if pretrained in (None, "none"):
         return model, mean, std
+    # A file does not tell whether it needs QuickGELU; a tag does.
+    is_tag = pretrained in tags
     if is_tag and info.get("quick_gelu", False) != config.get("quick_gelu", False):
         raise InputError(f"weights {pretrained!r} and backbone {name!r} differ in QuickGELU, "
                          "which costs accuracy: add or drop -quickgelu in the name")
@@ -202,8 +204,8 @@ def backbone_config(name):
     config.pop("custom_text", None)  # CustomTextCLIP takes no such argument
     return config
 
-# open_clip's checkpoints may hold NumPy numbers, such as the epoch. torch's safe loader
-# accepts only what is listed here. A pair (object, name) allows an older name, NumPy 1's.
+# torch's safe loader must be told of the NumPy numbers in open_clip's checkpoints, such as
+# the epoch. NumPy 1 saved `scalar` under the name in the pair.
 scalar = np._core.multiarray.scalar
 NUMPY_NUMBERS = [scalar, (scalar, "numpy.core.multiarray.scalar"),
                  np.dtype, np.dtypes.Int64DType, np.dtypes.Float64DType]
@@ -218,7 +220,7 @@ def load_weights(model, file):
     else:
         with torch.serialization.safe_globals(NUMPY_NUMBERS):
             weights = open_clip.factory.load_state_dict(file)
-    if "positional_embedding" in weights:  # OpenAI's names
+    if "positional_embedding" in weights:  # the names of a plain CLIP
         weights = open_clip.model.convert_to_custom_text_state_dict(weights)
 
     for name, tensor in model.state_dict().items():
@@ -481,12 +483,12 @@ class Timing(NamedTuple):
     times: np.ndarray  # of all frames in ticks, sorted
     end: int  # of the last frame, in ticks
     tick: float  # in seconds
-    can_seek: bool  # whether seeking to a time gets to the right frame
+    has_times: bool  # whether frames carry these times; otherwise they are counted
 
 @contextlib.contextmanager
 def open_video(path):
-    """-> container, video stream, can_seek: whether the format stores exact times, unlike
-    AVI, so that seeking works. Raises VideoError."""
+    """-> container, video stream, has_times: whether the format stores exact times of
+    frames, unlike AVI. Raises VideoError."""
     try:
         # An absolute path, because a relative one with a colon may look like an address.
         with av.open(os.path.join(os.getcwd(), path), metadata_errors="ignore") as container:
@@ -515,7 +517,7 @@ def decode(path, start=None):
 def frame_times(path):
     """-> Timing. Files without exact times are decoded for it."""
     times, durations, decoding_times = [], [], []
-    with open_video(path) as (container, stream, can_seek):
+    with open_video(path) as (container, stream, has_times):
         tick = float(stream.time_base)
         frame_rate = float(stream.average_rate or 25)  # 25 if unknown
         for packet in container.demux(stream):
@@ -528,10 +530,10 @@ def frame_times(path):
 
     # Times of decoding rise, unless files were joined into one.
     is_joined = (np.diff(decoding_times) * tick < -1).any()
-    can_seek = can_seek and not is_joined and None not in times
-    if not can_seek:
-        # Decode all frames. Of H.264 in AVI they come in order, but their times do not,
-        # so these are sorted below, and frames_at counts frames.
+    has_times = has_times and not is_joined and None not in times
+    if not has_times:
+        # Decode all frames. Those of H.264 in AVI come in order with shuffled times. So
+        # the times are sorted below, and frames_at gives the i-th frame the i-th time.
         times = [frame.pts for frame in decode(path)]
         durations = [0] * len(times)  # unknown
         if is_joined or None in times:
@@ -547,7 +549,7 @@ def frame_times(path):
     if not duration:
         # The mean gap between frames, at least one tick.
         duration = max(1, (times[-1] - times[0]) // max(1, len(times) - 1))
-    return Timing(times, times[-1] + duration, tick, can_seek)
+    return Timing(times, times[-1] + duration, tick, has_times)
 
 def sample_times(path, timing, num_frames, start=0.0, end=None):
     """The times, (num_frames,) in ticks, of the frames that sample_frames takes."""
@@ -567,34 +569,34 @@ def frames_at(path, timing, wanted, size):
     """The frames on screen at the sorted times `wanted` -> uint8 (N, 3, size, size)."""
     scaler = VideoReformatter()
     frames = decode(path, seek_time(path, timing, int(wanted[0])))
-    if timing.can_seek:
+    if timing.has_times:
         timed_frames = ((frame.pts, frame) for frame in frames if frame.pts is not None)
     else:
         timed_frames = zip(timing.times, frames)  # all frames, in order
 
-    left, pixels, shown = deque(wanted), [], None
+    left, pixels, previous = deque(wanted), [], None
     for time, frame in timed_frames:
-        # `shown` is on screen until `time`. There may be none yet at the beginning, and not
-        # every time has a frame.
+        # At a wanted time, the last frame up to it is on screen, which we know only when
+        # a later one comes. Before the first frame, that one is taken.
         while left and left[0] < time:
             left.popleft()
-            pixels.append(upright_pixels(shown or frame, size, scaler))
+            pixels.append(upright_pixels(previous or frame, size, scaler))
         if not left:
             break
-        shown = frame
-    if not shown:
+        previous = frame
+    if not previous:
         raise VideoError(f"{path}: no frame can be decoded")
     # The last frame stays on screen.
-    pixels += [upright_pixels(shown, size, scaler) for _ in left]
+    pixels += [upright_pixels(previous, size, scaler) for _ in left]
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
 
 def seek_time(path, timing, first):
     """A time to seek to, from which decoding reaches the frame at time `first`. None is
     the beginning of the file."""
-    if not timing.can_seek:
+    if not timing.has_times:
         return None
-    # A seek in MPEG-TS may miss. It is good if it finds a keyframe that is not too late.
-    # Otherwise try 10 seconds earlier, and then the beginning.
+    # A seek in MPEG-TS may land too late, so look at the frame that it finds. If that is
+    # bad, try 10 seconds earlier, and then the beginning.
     for start in (first, first - round(10 / timing.tick)):
         if start <= timing.times[0]:
             return None
@@ -612,9 +614,9 @@ def upright_pixels(frame, size, scaler):
     if matrix is None:
         return pixels
 
-    # The 3 x 3 matrix starts with a, b, 0, c, d. The x axis of the picture is to point to
-    # (a, b), and the y axis to (c, d). So either b and c are 0, or a and d (a quarter
-    # turn), and a sum has the sign of the other. An empty matrix changes nothing.
+    # The 3 x 3 matrix starts with a, b, 0, c, d: the x axis of the picture is to point to
+    # (a, b), and the y axis to (c, d). Upright, b and c are 0, so the sums below are a and
+    # d. In a quarter turn, a and d are 0: after the swap, the sums are c and b.
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
     if abs(b) > abs(a):
         pixels = pixels.swapaxes(0, 1)
