@@ -607,8 +607,15 @@ def train(model, data, s, device, out, data_id):
     bar = tqdm(desc=f"training on {device_name(device)}", initial=first, total=steps,
                disable=RANK > 0)
     unread = []  # steps whose numbers are still on the GPU
+    stops = False
     with log, bar:
         for step, inputs in enumerate(prefetch(load, todo, s.workers), first):
+            epoch, place = divmod(step, steps_per_epoch)
+            # An epoch is evaluated after its checkpoint, so that no step is lost if this
+            # takes long and is killed. Other processes wait in their next step.
+            if place == 0 and epoch > 0 and RANK == 0:
+                log_evaluations(log, epoch - 1, model, data, s, device)
+
             inputs = [x.to(device, non_blocking=True) for x in inputs]
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * schedule(step, steps, s.warmup)
@@ -617,7 +624,6 @@ def train(model, data, s, device, out, data_id):
 
             # Groups differ in name or weight decay; the rate depends on the name.
             lr = {group["name"]: group["lr"] for group in optimizer.param_groups}
-            epoch, place = divmod(step, steps_per_epoch)
             unread.append((dict(step=step, epoch=epoch, lr=lr), numbers))
             ends_epoch = place + 1 == steps_per_epoch
             stops = any_process(stop.is_set())
@@ -627,14 +633,12 @@ def train(model, data, s, device, out, data_id):
                 write_log(log, bar, unread)
                 unread = []
 
-            # The checkpoint comes last, because it stores the length of the log. The
-            # other processes wait in their next step.
-            if ends_epoch and RANK == 0:
-                log_evaluations(log, epoch, model, data, s, device)
             if saves and RANK == 0:
                 save_checkpoint(out, step + 1, log.tell(), state, data_id, s)
             if stops:
                 break
+        if not stops and RANK == 0:
+            log_evaluations(log, s.epochs - 1, model, data, s, device)
 
     # Ask again, because the signal may have come in the last evaluation.
     if any_process(stop.is_set()):
@@ -876,6 +880,7 @@ def run(s, device):
                 machine=f"{WORLD} x {device_name(device)}, torch {torch.__version__}")
             with open_log(out) as log:
                 write_line(log, result)
+                os.fsync(log.fileno())  # before the checkpoints are gone
             remove_checkpoints(out)
     return out
 

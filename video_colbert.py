@@ -448,7 +448,10 @@ class VideoColBERT(nn.Module):
         # Both are written in full before they replace an older model.
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            Path(folder, f"{name}.part").write_bytes(content)
+            with open(Path(folder, f"{name}.part"), "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
         for name in files:
             os.replace(Path(folder, f"{name}.part"), Path(folder, name))
 

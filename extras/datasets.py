@@ -22,7 +22,7 @@ from video_colbert import InputError
 
 SPLITS = ("train", "val", "test")
 VIDEO_ENDINGS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".3gp",
-                 ".flv")
+                 ".flv", ".wmv", ".ts", ".mts", ".m2ts", ".vob", ".ogv")
 
 # ---- Files
 def find_file(root, name):

@@ -85,10 +85,12 @@ def write_shapes(root, galleries=6):
     process that comes second waits for the first. Raises ValueError for a folder with other
     files in it: they may have the names of ours."""
     root, clips = Path(root), choose_clips(galleries)
+    if (root / "clips.jsonl").exists():
+        return  # without a lock, which a folder that is read-only does not allow
     root.mkdir(parents=True, exist_ok=True)
     # The lock is the first file of ours.
     names = {path.name for path in root.iterdir()}
-    if names and not names & {"lock", "clips.jsonl"}:
+    if names and "lock" not in names:
         raise ValueError("holds other files than the synthetic clips; use --data for your own")
     with filelock.FileLock(root / "lock"):
         if (root / "clips.jsonl").exists():

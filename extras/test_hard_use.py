@@ -101,13 +101,11 @@ def test_a_model_that_cannot_be_saved_leaves_the_one_that_is_there(tmp_path, mon
     tiny.save(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     other = VideoColBERT(dataclasses.replace(tiny.config, loss="infonce"))
-    write_bytes = Path.write_bytes
-    def full_disk(path, content):
-        if "safetensors" in path.name:
-            write_bytes(path, content[:1000])
+    files = ["config.json", "model.safetensors"]
+    def full_disk(number):
+        if files.pop(0) == "model.safetensors":
             raise OSError(errno.ENOSPC, "No space left on device")
-        write_bytes(path, content)
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         other.save(tmp_path)
     assert all(path.read_bytes() == before[path] for path in before)
@@ -457,6 +455,17 @@ def test_memory_that_runs_out_in_an_evaluation_names_how_many_videos_were_too_ma
     monkeypatch.setattr(train, "evaluate", too_many)
     with pytest.raises(InputError, match="^32 videos .*--micro-batch 16"):
         train.main([*FLAGS, "--epochs", "0", "--out", "a"])
+
+def test_a_kill_in_the_evaluation_after_an_epoch_loses_no_step(data, monkeypatch):
+    """As torchrun does half a minute after Ctrl-C; and the resumed run evaluates again."""
+    flags = [*FLAGS, "--eval-every", "1"]
+    train.main([*flags, "--out", "whole"])
+    run_until(monkeypatch, [*flags, "--out", "a"], "evaluate", 0)
+    epoch = [line for line in records("a") if "loss" in line]
+    assert os.listdir("a/checkpoints") == [f"step-{len(epoch):08d}.pt"]
+    assert epoch and not any("split" in line for line in records("a"))
+    train.main(["--resume", "a"])
+    assert contents("a") == contents("whole")
 
 def test_what_a_killed_checkpoint_left_is_removed_with_the_checkpoints(data, monkeypatch):
     run_until(monkeypatch, [*FLAGS, "--out", "a"], "result_rows", 0)

@@ -111,6 +111,11 @@ def test_videos_are_found_by_their_ending_in_order_and_links_are_followed_once(t
     assert list(found) == [*numbered, "b/3.avi", "m/4.webm", "z/1.mkv", "z/2.MP4"]
     assert not problems
 
+@pytest.mark.parametrize("name", ["a.MTS", "b.m2ts", "c.vob", "d.ogv", "e.wmv", "f.ts"])
+def test_videos_of_cameras_and_discs_are_found(tmp_path, name):
+    (tmp_path / name).touch()
+    assert list(find_videos(tmp_path)[0]) == [name]
+
 def test_hidden_files_and_folders_are_left_out(tmp_path):
     """As a Mac writes them on other drives. A hidden folder is indexed if it is asked for."""
     for name in (".Trashes/a.mp4", "._b.mp4", "b.mp4", "c/.hidden/d/e.mp4", "c/f.mp4"):

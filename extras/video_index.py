@@ -22,13 +22,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from extras.datasets import VIDEO_ENDINGS
 from extras.long_videos import seek_frames
 from train import CACHE_VERSION, atomic_write, autocast, locked, prefetch, user_errors
 from video_colbert import (
     InputError, Timing, VideoError, frame_times, mean_max_sim, sample_times)
 
-VIDEO_ENDINGS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".3gp",
-                 ".flv", ".wmv", ".ts")
 SAVE_EVERY = 256  # videos
 PIECE = 32  # segments of a video that are decoded in one pass
 
