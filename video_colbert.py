@@ -153,6 +153,7 @@ def load_backbone(name, pretrained):
     config = backbone_config(name)
     # CustomTextCLIP has its text encoder as a module of its own, model.text.
     model = open_clip.CustomTextCLIP(**config)
+
     tags = open_clip.list_pretrained_tags_by_model(name)
     default_tag = "webli" if "webli" in tags else "openai"
     if pretrained == "auto":
@@ -164,6 +165,7 @@ def load_backbone(name, pretrained):
     std = info.get("std", open_clip.OPENAI_DATASET_STD)
     if pretrained in (None, "none"):
         return model, mean, std
+
     # A file does not tell whether it needs QuickGELU; a tag does.
     is_tag = pretrained in tags
     if is_tag and info.get("quick_gelu", False) != config.get("quick_gelu", False):
@@ -394,6 +396,7 @@ class VideoColBERT(nn.Module):
         # CLIP's projected [CLS] token; SigLIP has none and pools by attention.
         f = self.backbone.visual(images).view(B, N, -1)  # (B, N, d)
         v = self.temporal(f)  # (B, N + E, d)
+
         # For those who write another temporal module.
         expected = (B, N + self.config.visual_expansion, self.width)
         assert v.shape == expected, f"temporal: {tuple(v.shape)}, not {expected}"
@@ -402,8 +405,8 @@ class VideoColBERT(nn.Module):
     def similarities(self, Q, mask, F, V):
         """Q (A, M, d), mask (A, M), F (B, N, d), V (B, N + E, d) -> MMS_F, MMS_V (A, B).
         With mean pooling (equation 1) one token counts, and a video is one vector."""
-        # For those who change the encoders: without unit length, training would go badly
-        # in silence. The first batch is checked.
+        # For those who change the encoders: without unit length, training goes badly in
+        # silence. The first batch is checked.
         if not self.norms_checked:
             for x in (Q[mask], F, V):
                 is_unit = (x.norm(dim=-1) - 1).abs() < 1e-3
@@ -411,7 +414,6 @@ class VideoColBERT(nn.Module):
             self.norms_checked = True
 
         if self.config.interaction == "mp":
-            # The mean of the frames, without expansion tokens.
             N = F.shape[1]
             F = normalize(F.mean(dim=1, keepdim=True), dim=-1)  # (B, 1, d)
             V = normalize(V[:, :N].mean(dim=1, keepdim=True), dim=-1)  # (B, 1, d)
@@ -434,7 +436,7 @@ class VideoColBERT(nn.Module):
         return loss, mms_f, mms_v
 
     def forward(self, ids, mask, frames, positives=None):
-        """A batch's loss, MMS_F and MMS_V; arguments as above."""
+        """-> a batch's loss, MMS_F and MMS_V."""
         Q = self.encode_query(ids, mask)
         F, V = self.encode_video(frames)
         return self.compute_loss(Q, mask, F, V, positives)
@@ -445,6 +447,7 @@ class VideoColBERT(nn.Module):
         config = {field.name: getattr(self.config, field.name) for field in fields(Config)}
         files = {"config.json": json.dumps(config, indent=2).encode(),
                  "model.safetensors": safetensors.torch.save(self.state_dict())}
+
         # Both are written in full before they replace an older model.
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
@@ -543,6 +546,7 @@ def frame_times(path):
             # The times are of no use: frame i appears at i / frame_rate.
             times = range(len(times))
             tick = 1 / frame_rate
+
     if not times:
         raise VideoError(f"{path}: no frame can be decoded")
 
@@ -572,6 +576,7 @@ def frames_at(path, timing, wanted, size):
     """The frames on screen at the sorted times `wanted` -> uint8 (N, 3, size, size)."""
     scaler = VideoReformatter()
     frames = decode(path, seek_time(path, timing, int(wanted[0])))
+
     if timing.has_times:
         timed_frames = ((frame.pts, frame) for frame in frames if frame.pts is not None)
     else:
@@ -587,6 +592,7 @@ def frames_at(path, timing, wanted, size):
         if not left:
             break
         previous = frame
+
     if not previous:
         raise VideoError(f"{path}: no frame can be decoded")
     # The last frame stays on screen.
@@ -598,6 +604,7 @@ def seek_time(path, timing, first):
     the beginning of the file."""
     if not timing.has_times:
         return None
+
     # A seek in MPEG-TS may land too late, so look at the frame that it finds. If that is
     # bad, try 10 seconds earlier, and then the beginning.
     for start in (first, first - round(10 / timing.tick)):
@@ -613,13 +620,14 @@ def upright_pixels(frame, size, scaler):
     frame_rgb = scaler.reformat(
         frame, size, size, "rgb24", interpolation="BICUBIC", threads=1)
     pixels = frame_rgb.to_ndarray()
+
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return pixels
 
     # The 3 x 3 matrix starts with a, b, 0, c, d: the x axis of the picture is to point to
-    # (a, b), and the y axis to (c, d). Upright, b and c are 0, so the sums below are a and
-    # d. In a quarter turn, a and d are 0: after the swap, the sums are c and b.
+    # (a, b), the y axis to (c, d). Upright, b and c are 0, and the sums below are a and d.
+    # In a quarter turn, a and d are 0: after the swap, the sums are c and b.
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
     if abs(b) > abs(a):
         pixels = pixels.swapaxes(0, 1)
