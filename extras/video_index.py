@@ -264,17 +264,18 @@ class VideoIndex:
                 change = f"it was made by {made_by}, not {meta['model'] or 'this one'}"
             raise InputError(f"{self.folder} cannot be updated, {change}: index into "
                              "another folder")
+        # The vectors are of frames that today's sample_frames may not take.
+        if self.meta.get("frames") != meta["frames"]:
+            raise InputError(f"{self.folder} can be searched, but not updated, because an older "
+                             "version of this program made it: index into another folder")
         for name in ("segment", "stride"):
             if self.meta[name] != meta[name]:
                 raise InputError(f"cannot change --{name} of {self.folder}: "
                                  f"{self.meta[name]}")
 
         keep = []
-        # Of an older version of sample_frames, all videos are encoded again.
-        has_same_frames = self.meta.get("frames") == meta["frames"]
         for i, video in enumerate(self.videos):
-            is_same_file = found.get(video.path) == video._replace(seconds=0.0)
-            is_same = is_same_file and has_same_frames
+            is_same = found.get(video.path) == video._replace(seconds=0.0)
             path = Path(meta["root"], video.path)
             was_skipped = any(str(place) in skipped for place in (path, *path.parents))
             if is_same or was_skipped:
