@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -370,6 +371,17 @@ def test_a_finished_model_is_never_trained_over(data):
     with pytest.raises(InputError, match="a holds a model, but its log is damaged"):
         train.main(["--resume", "a"])
     assert Path("a/model.safetensors").read_bytes() == model
+
+def test_a_run_killed_after_its_result_loses_its_checkpoints_when_resumed(data, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "remove_checkpoints", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train.main([*FLAGS, "--out", "a"])
+    finished = contents("a")
+    assert os.listdir("a/checkpoints")
+    train.main(["--resume", "a"])
+    assert not os.path.exists("a/checkpoints")
+    assert contents("a") == finished
 
 def test_copies_that_a_user_keeps_beside_checkpoints_stay_and_are_not_loaded(data, monkeypatch):
     run_until(monkeypatch, [*FLAGS, "--out", "a"], "training_step", 3)
