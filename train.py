@@ -55,7 +55,7 @@ class Settings(Config):
     cache: str = "data/cache"  # folder of decoded frames, safe to delete
     epochs: int = 5  # passes over all captions (DRL's)
     batch_size: int = 128  # videos in a batch, over all processes (DRL's)
-    captions_per_video: int = 1  # captions of a video in one example of a batch
+    captions_per_video: int = 1  # captions that come with each video of a batch
     micro_batch: int = 0  # videos encoded at a time, to save memory; 0 is all
     # auto is bf16 or fp16 on a CUDA GPU, else fp32
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -74,7 +74,8 @@ class Settings(Config):
     eval_only: str = ""  # evaluate the model of this run, on --data if it is given
     allow_missing: bool = False  # leave out clips that cannot be read
 
-# What --resume and --eval-only may change. Data may move; data_hash finds a difference.
+# What --resume and --eval-only may change. Data may move; a run that is resumed compares
+# their data_hash.
 MAY_CHANGE = {"data", "root", "out", "cache", "device", "micro_batch", "workers",
               "checkpoint_every", "eval_every", "resume", "eval_only", "allow_missing"}
 
@@ -107,6 +108,7 @@ def parse_settings(argv):
     if typed.resume and typed.eval_only:
         raise InputError("--resume and --eval-only exclude each other")
 
+    # An evaluation has a folder of its own, and can be resumed, too.
     folder = typed.resume or typed.eval_only
     if folder:
         saved = read_settings(folder)
@@ -127,7 +129,7 @@ def parse_settings(argv):
 
 def refuse_changes(s, saved, folder):
     """Raise InputError if `s` differs from `saved`, a dictionary of a run's settings."""
-    # JSON has no tuples: a setting of yours that is a tuple is saved as a list.
+    # As in JSON, which turns a tuple that you may add into a list.
     settings = json.loads(json.dumps(asdict(s)))
     for name in saved.keys() - MAY_CHANGE:
         if name == "precision" and s.eval_only:
@@ -136,7 +138,7 @@ def refuse_changes(s, saved, folder):
             raise InputError(f"cannot change {name} of {folder}: {saved[name]}")
 
 def check_settings(s):
-    """Raise InputError for numbers that make no sense, NaN and infinity among them."""
+    """Raise InputError for settings that make no sense, NaN and infinity among them."""
     # VideoColBERT checks the rest.
     at_least = dict(
         epochs=0, batch_size=1, captions_per_video=1, micro_batch=0, workers=1,
@@ -310,7 +312,7 @@ def cached_frames(clip, num_frames, size, cache):
     key = [CACHE_VERSION, os.path.abspath(clip.path), file_id(clip.path), clip.start,
            clip.end, num_frames, size]
     with contextlib.suppress(OSError):
-        # The time of change, too, because file_id reads only the first 64 KB.
+        # Also the time of modification, because file_id reads only the first 64 KB.
         key.append(os.stat(clip.path).st_mtime_ns)
     path = Path(cache, hashlib.sha1(json.dumps(key).encode()).hexdigest())
 
@@ -413,8 +415,9 @@ def positive_pairs(clips, batch):
 
 # ---- Optimizer (section 5.2, Table 9)
 def make_optimizer(model, s):
-    """AdamW, in groups of pre-trained parameters, new ones, and the loss's scale and
-    bias. Biases and norms, which have one dimension, do not decay."""
+    """AdamW (the paper says Adam with weight decay), in groups of pre-trained parameters,
+    new ones, and the loss's scale and bias. Biases and norms, which have one dimension,
+    do not decay."""
     # The tiny model's scale and bias start far from their final values. Others start at
     # pre-trained values.
     loss_lr = 10 * s.lr if s.backbone == "tiny" else s.lr_pretrained
@@ -485,8 +488,8 @@ def sum_gradients(model):
 
 # ---- Training step
 def training_step(model, optimizer, scaler, s, ids, mask, frames, positives):
-    """One step -> (5,): loss, mean MMS_F and MMS_V of the true pairs, gradient norm, scale
-    of fp16. `positives` (A, B) covers the whole batch, all else this process's part."""
+    """One step -> (5,): loss, mean MMS_F and MMS_V of the true pairs, gradient norm, loss
+    scale. `positives` (A, B) covers the whole batch, all else this process's part."""
     model.train()
     backward = backward_at_once
     if 0 < s.micro_batch < len(frames):
@@ -498,8 +501,9 @@ def training_step(model, optimizer, scaler, s, ids, mask, frames, positives):
     scaler.unscale_(optimizer)
     max_norm = s.max_grad_norm or math.inf
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    # The loss scale of fp16, otherwise 1. get_scale() would wait for the GPU.
-    scale = scaler.scale(torch.ones_like(norm))
+    # The number by which fp16 multiplies the loss, otherwise 1. scaler.get_scale() would
+    # wait for the GPU.
+    loss_scale = scaler.scale(torch.ones_like(norm))
     scaler.step(optimizer)  # skipped in fp16 if a gradient overflows
     scaler.update()
     optimizer.zero_grad()
@@ -509,7 +513,7 @@ def training_step(model, optimizer, scaler, s, ids, mask, frames, positives):
     # Means over the true pairs. Indexing by `positives` would wait for the GPU.
     weight = positives / positives.sum()
     true_f, true_v = (mms_f * weight).sum(), (mms_v * weight).sum()
-    return torch.stack([loss, true_f, true_v, norm, scale]).detach()
+    return torch.stack([loss, true_f, true_v, norm, loss_scale]).detach()
 
 def backward_at_once(model, scaler, s, ids, mask, frames, positives):
     """Gradients of a batch that fits into memory -> loss, MMS_F, MMS_V."""
@@ -519,9 +523,9 @@ def backward_at_once(model, scaler, s, ids, mask, frames, positives):
     return loss, mms_f, mms_v
 
 def backward_in_parts(model, scaler, s, ids, mask, frames, positives):
-    """The same with the activations of few videos at a time: GradCache (Gao et al. 2021).
-    Dropout is off, because both passes must agree."""
-    model.eval()
+    """The same with the activations of a few videos at a time: GradCache (Gao et al.
+    2021)."""
+    model.eval()  # no dropout, if you add any: both passes must agree
     count = math.ceil(len(frames) / s.micro_batch)
     # A part's captions need not belong to its videos: here they are only encoded.
     parts = list(zip(ids.tensor_split(count), mask.tensor_split(count),
@@ -603,8 +607,9 @@ def train(model, data, s, device, out, data_id):
     with log, bar:
         for step, inputs in enumerate(prefetch(load, todo, s.workers), first):
             epoch, place = divmod(step, steps_per_epoch)
-            # An epoch is evaluated after its checkpoint, so that no step is lost if this
-            # takes long and is killed. Other processes wait in their next step.
+            # The epoch before is evaluated here, and not below, so that a run that is
+            # killed meanwhile has its checkpoint, and evaluates again when it resumes.
+            # Other processes wait in their next step.
             if place == 0 and epoch > 0 and RANK == 0:
                 log_evaluations(log, epoch - 1, model, data, s, device)
 
@@ -687,16 +692,15 @@ def checkpoint_paths(out):
 def save_checkpoint(out, step, log_end, state, data_id, s):
     """Write out/checkpoints/step-N.pt after N steps, and keep the one before it."""
     content = {name: part.state_dict() for name, part in state.items()}
-    # `rng` is for dropout that you may add, on a CPU.
     content |= dict(step=step, log_end=log_end, data=data_id,
-                    settings=json.dumps(asdict(s)), rng=torch.get_rng_state())
+                    settings=json.dumps(asdict(s)))
     path = out / "checkpoints" / f"step-{step:08d}.pt"
     # In memory first, because torch.save's error for a full disk is unclear.
     buffer = io.BytesIO()
     torch.save(content, buffer)
     with atomic_write(path) as file:
         file.write(buffer.getbuffer())
-    # After a resume from an older checkpoint, damaged later ones may be here: leave them.
+    # Keep one older checkpoint. Later ones, which are damaged, are left alone.
     older = [other for other in checkpoint_paths(out) if other < path]
     for other in older[:-1]:
         other.unlink()
@@ -726,12 +730,11 @@ def restore(out, state, data_id, s):
         return 0, 0
     if content["data"] != data_id:
         raise InputError(f"{out} was started with other clips or captions")
-    # settings.json may have been edited. Older checkpoints hold no settings.
-    refuse_changes(s, json.loads(content.get("settings", "{}")), out)
+    # settings.json may have been edited.
+    refuse_changes(s, json.loads(content["settings"]), out)
     for name, part in state.items():
         if content[name]:  # without fp16, the scaler's state is empty
             part.load_state_dict(content[name])
-    torch.set_rng_state(content["rng"])
     return content["step"], content["log_end"]
 
 @contextlib.contextmanager
@@ -739,7 +742,7 @@ def atomic_write(path):
     """Open a file that gets its name when it is complete, and make its folder."""
     with user_errors(path, OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A folder, because it is removed with what is in it if an error comes.
+        # In a temporary folder, so that an error leaves no part of a file.
         with tempfile.TemporaryDirectory(prefix="part-", dir=path.parent) as folder:
             with open(f"{folder}/part", "wb") as file:
                 yield file
@@ -803,7 +806,7 @@ def score_rows(direction, sims, target, interaction):
     return rows
 
 def results_table(result):
-    """The result of a run, which `run` makes, as text."""
+    """A run's result as text."""
     lines = [f"gallery of {result['gallery']} clips"]
     if result["missing"]:
         lines[0] += f", {result['missing']} test clips missing: not comparable"
@@ -840,7 +843,7 @@ def run(s, device):
         if result["data"] != data_id:
             raise InputError(f"{out} was run on other clips or captions")
         if RANK == 0:
-            remove_checkpoints(out)  # if it was killed before this
+            remove_checkpoints(out)  # it may have been killed before it did so
         return out
 
     torch.manual_seed(s.seed)
@@ -918,7 +921,7 @@ def remove_checkpoints(out):
         folder.rmdir()
 
 def train_and_evaluate(model, data, s, device, out, data_id):
-    """-> what `evaluate` returns of the test clips, in the first process."""
+    """-> what `evaluate` returns for the test clips, in the first process."""
     videos_at_once = s.micro_batch or s.batch_size // WORLD
     try:
         model.to(device)

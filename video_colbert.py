@@ -46,7 +46,7 @@ class VideoError(InputError):
 class Config:
     # A CLIP or SigLIP model of open_clip (section 5.2), or "tiny" for a CPU.
     backbone: str = "ViT-B-32-quickgelu"
-    # An open_clip tag, a file, or none (or None); auto is OpenAI's CLIP or WebLI's SigLIP.
+    # An open_clip tag, a file, or none; auto is OpenAI's CLIP or WebLI's SigLIP.
     pretrained: str | None = "auto"
     num_frames: int = 12  # frames per video (section 5.2, Table 7)
     num_tokens: int = 32  # tokens per query (5.2); SigLIP uses all it has, 64
@@ -90,8 +90,8 @@ def mms_fv(mms_f, mms_v):
     return mms_f + mms_v
 
 # ---- Losses (section 4.3)
-# `positives` is bool (A, B). `logit_scale` is log t, as SigLIP stores it; it and the bias
-# are numbers, or the model's parameters.
+# `positives` is bool (A, B). `logit_scale` is log t, as SigLIP stores it; it and the
+# bias are numbers, or the model's parameters.
 def diagonal(sim):
     """The default of `positives`: query i describes video i."""
     A, B = sim.shape
@@ -102,7 +102,7 @@ def sigmoid_loss(sim, positives=None, logit_scale=4.77, logit_bias=-12.93):
     """Equation 6 on similarities (A, B) -> a sum over videos, averaged over queries.
 
     The paper's formula, 1 / (1 + exp(z (-t x + b))), equals sigmoid(z (t x - b)). SigLIP's
-    code has + b, and so have we, because b = -12.93 was learned there."""
+    code has + b, and so do we, because b = -12.93 was learned there."""
     if positives is None:
         positives = diagonal(sim)
     z = torch.where(positives, 1.0, -1.0)  # (A, B)
@@ -140,8 +140,8 @@ def load_backbone(name, pretrained):
     """-> an open_clip model, and the pixel mean and std that its weights expect. Raises
     InputError for a name or weights that cannot be used.
 
-    open_clip.create_model would not do: it cannot read a local .pt file of OpenAI,
-    resizes positions silently, and only warns if QuickGELU differs."""
+    open_clip.create_model does not suffice: it cannot read OpenAI's .pt files, resizes
+    positions silently, and only warns if model and weights differ in QuickGELU."""
     if name == "tiny":
         if pretrained not in ("auto", "none", None):
             raise InputError("the tiny backbone has no pretrained weights")
@@ -159,15 +159,14 @@ def load_backbone(name, pretrained):
     if pretrained == "auto":
         pretrained = default_tag
     # A mean and std of pixels belong to a tag. A file, or none, gets the default tag's.
-    tag = pretrained if pretrained in tags else default_tag
-    info = open_clip.get_pretrained_cfg(name, tag)
+    is_tag = pretrained in tags
+    info = open_clip.get_pretrained_cfg(name, pretrained if is_tag else default_tag)
     mean = info.get("mean", open_clip.OPENAI_DATASET_MEAN)
     std = info.get("std", open_clip.OPENAI_DATASET_STD)
     if pretrained in (None, "none"):
         return model, mean, std
 
     # A file does not tell whether it needs QuickGELU; a tag does.
-    is_tag = pretrained in tags
     if is_tag and info.get("quick_gelu", False) != config.get("quick_gelu", False):
         raise InputError(f"weights {pretrained!r} and backbone {name!r} differ in QuickGELU, "
                          "which costs accuracy: add or drop -quickgelu in the name")
@@ -176,9 +175,9 @@ def load_backbone(name, pretrained):
         file = open_clip.download_pretrained(info) if is_tag else pretrained
         load_weights(model, file)
     except Exception as error:
-        # Errors of other types come from damaged files, and have unclear texts.
+        # A damaged file raises errors of many other types, with unclear messages.
         is_clear = isinstance(error, (OSError, ValueError))
-        reason = shorten(str(error), 150) if is_clear else "not a whole file of weights"
+        reason = shorten(str(error), 150) if is_clear else "damaged, or no weights"
         raise InputError(
             f"cannot load {pretrained!r} into {name}: {reason}. Give a file of OpenAI or "
             f"open_clip, none, or a tag: {', '.join(tags)}") from None
@@ -201,13 +200,13 @@ def backbone_config(name):
     has_projection = text.get("proj_type") != "none"
     has_usual_text = is_known_tokenizer and has_same_width and has_projection
     if is_resnet or is_coca or not has_usual_text:
-        raise InputError(f"backbone {name!r} is not supported: only vision transformers "
-                         "with the text encoder of CLIP or SigLIP are")
+        raise InputError(f"backbone {name!r} is not supported: it is a ResNet or CoCa, or "
+                         "its text encoder is not like CLIP's or SigLIP's")
     config.pop("custom_text", None)  # CustomTextCLIP takes no such argument
     return config
 
-# torch's safe loader must be told of the NumPy numbers in open_clip's checkpoints, such as
-# the epoch. NumPy 1 saved `scalar` under the name in the pair.
+# open_clip's checkpoints hold NumPy numbers, such as the epoch. torch's safe loader must
+# be told of their types. The pair gives the name that NumPy 1 used.
 scalar = np._core.multiarray.scalar
 NUMPY_NUMBERS = [scalar, (scalar, "numpy.core.multiarray.scalar"),
                  np.dtype, np.dtypes.Int64DType, np.dtypes.Float64DType]
@@ -222,12 +221,12 @@ def load_weights(model, file):
     else:
         with torch.serialization.safe_globals(NUMPY_NUMBERS):
             weights = open_clip.factory.load_state_dict(file)
-    if "positional_embedding" in weights:  # the names of a plain CLIP
+    if "positional_embedding" in weights:  # named as in open_clip.CLIP
         weights = open_clip.model.convert_to_custom_text_state_dict(weights)
 
     for name, tensor in model.state_dict().items():
         fits = name in weights and weights[name].shape == tensor.shape
-        # VideoColBERT does not use logit_scale and logit_bias.
+        # The backbone's own logit_scale and logit_bias are not used.
         if not fits and not name.startswith("logit_"):
             raise ValueError(f"it has no {name} of shape {tuple(tensor.shape)}")
     # Not strict, because the file may hold more.
@@ -271,7 +270,8 @@ class TemporalTransformer(nn.Module):
 class VideoColBERT(nn.Module):
     """The query encoder, frame encoder and temporal transformer of Figure 2.
 
-    Q (of the tokens that count), F and V are float32 unit vectors, also under autocast.
+    Q, F and V are float32 unit vectors, also under autocast; Q is 0 where a token does
+    not count.
     `image_size` is the side of a frame in pixels, `width` is d. Raises InputError for
     invalid settings."""
 
@@ -300,7 +300,7 @@ class VideoColBERT(nn.Module):
         is_learned = config.learn_scale
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale), is_learned)
         self.logit_bias = nn.Parameter(torch.tensor(config.logit_bias), is_learned)
-        self.norms_checked = False
+        self.norms_checked = False  # by similarities, on the first batch
 
     def check_config(self, context_length, vocabulary):
         choices = dict(interaction=("mms", "mp"), loss=LOSSES, loss_form=("dual", "combined"))
@@ -330,7 +330,7 @@ class VideoColBERT(nn.Module):
         try:
             return open_clip.get_tokenizer(name)
         except OSError:
-            raise InputError(f"the tokenizer of {name} needs a network once") from None
+            raise InputError(f"the tokenizer of {name} must be downloaded once") from None
 
     def real_tokens(self, ids):
         """ids (A, M) -> bool (A, M): True for start, words and end, False for pads."""
@@ -368,9 +368,8 @@ class VideoColBERT(nn.Module):
         return ids, mask
 
     def encode_query(self, ids, mask):
-        """ids, mask (A, M) from tokenize -> Q (A, M, d): unit vectors, and 0 for tokens
-        that do not count, so that a plain sum over tokens needs no mask. open_clip
-        projects one token; here all are projected."""
+        """ids, mask (A, M) from tokenize -> Q (A, M, d): unit vectors, and 0 where the
+        mask is False. open_clip projects one token; here all are projected."""
         text = self.backbone.text
         M = ids.shape[1]
         x = text.token_embedding(ids) + text.positional_embedding[:M]  # (A, M, d)
@@ -405,8 +404,8 @@ class VideoColBERT(nn.Module):
     def similarities(self, Q, mask, F, V):
         """Q (A, M, d), mask (A, M), F (B, N, d), V (B, N + E, d) -> MMS_F, MMS_V (A, B).
         With mean pooling (equation 1) one token counts, and a video is one vector."""
-        # For those who change the encoders: without unit length, training goes badly in
-        # silence. The first batch is checked.
+        # For those who change the encoders: without unit length, training fails
+        # silently.
         if not self.norms_checked:
             for x in (Q[mask], F, V):
                 is_unit = (x.norm(dim=-1) - 1).abs() < 1e-3
@@ -443,7 +442,7 @@ class VideoColBERT(nn.Module):
 
     def save(self, folder):
         """Write config.json and model.safetensors into `folder`."""
-        # train.py's Settings have more fields than Config, which are not the model's.
+        # Only the fields of Config, because train.py's Settings have more.
         config = {field.name: getattr(self.config, field.name) for field in fields(Config)}
         files = {"config.json": json.dumps(config, indent=2).encode(),
                  "model.safetensors": safetensors.torch.save(self.state_dict())}
@@ -489,7 +488,8 @@ class Timing(NamedTuple):
     times: np.ndarray  # of all frames in ticks, sorted
     end: int  # of the last frame, in ticks
     tick: float  # in seconds
-    has_times: bool  # whether frames carry these times; otherwise they are counted
+    # Whether frame.pts is such a time. If not, frame i appears at times[i].
+    has_times: bool
 
 @contextlib.contextmanager
 def open_video(path):
@@ -505,7 +505,7 @@ def open_video(path):
                 raise VideoError(f"{path}: no video stream but a cover picture")
             # Many videos are decoded at once, each by one thread.
             stream.codec_context.thread_count = 1
-            # The name lists several, the main one first, such as "mov,mp4,m4a".
+            # The name lists several formats, the main one first, such as "mov,mp4,m4a".
             exact_formats = ("mov", "matroska", "mpegts", "flv")
             yield container, stream, container.format.name.startswith(exact_formats)
     # This also catches errors of the caller's `with` block, which decodes.
@@ -534,16 +534,16 @@ def frame_times(path):
                 if packet.dts is not None:
                     decoding_times.append(packet.dts)
 
-    # Times of decoding rise, unless files were joined into one.
+    # Times of decoding fall by more than a second only where files were joined into one.
     is_joined = (np.diff(decoding_times) * tick < -1).any()
     has_times = has_times and not is_joined and None not in times
     if not has_times:
-        # Decode all frames. Those of H.264 in AVI come in order with shuffled times. So
-        # the times are sorted below, and frames_at gives the i-th frame the i-th time.
+        # Decode all frames: frame i will appear at times[i]. Those of H.264 in AVI come
+        # in order, but with shuffled times, which are sorted below.
         times = [frame.pts for frame in decode(path)]
         durations = [0] * len(times)  # unknown
         if is_joined or None in times:
-            # The times are of no use: frame i appears at i / frame_rate.
+            # These times are of no use: frame i appears at i / frame_rate.
             times = range(len(times))
             tick = 1 / frame_rate
 
@@ -582,21 +582,21 @@ def frames_at(path, timing, wanted, size):
     else:
         timed_frames = zip(timing.times, frames)  # all frames, in order
 
-    left, pixels, previous = deque(wanted), [], None
+    remaining, pixels, shown = deque(wanted), [], None
     for time, frame in timed_frames:
-        # At a wanted time, the last frame up to it is on screen, which we know only when
-        # a later one comes. Before the first frame, that one is taken.
-        while left and left[0] < time:
-            left.popleft()
-            pixels.append(upright_pixels(previous or frame, size, scaler))
-        if not left:
+        # A wanted frame may be damaged, and not come. So take the last one up to its
+        # time, which is known when a later one comes. If there is none, take the first.
+        while remaining and remaining[0] < time:
+            remaining.popleft()
+            pixels.append(upright_pixels(shown or frame, size, scaler))
+        shown = frame
+        if not remaining:
             break
-        previous = frame
 
-    if not previous:
+    if not shown:
         raise VideoError(f"{path}: no frame can be decoded")
     # The last frame stays on screen.
-    pixels += [upright_pixels(previous, size, scaler) for _ in left]
+    pixels += [upright_pixels(shown, size, scaler) for _ in remaining]
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
 
 def seek_time(path, timing, first):
@@ -605,14 +605,16 @@ def seek_time(path, timing, first):
     if not timing.has_times:
         return None
 
-    # A seek in MPEG-TS may land too late, so look at the frame that it finds. If that is
-    # bad, try 10 seconds earlier, and then the beginning.
+    # A seek in MPEG-TS may land too late, and one to before the first keyframe may fail.
+    # So look at the frame that it finds. If that is bad, try 10 seconds earlier, and then
+    # the beginning.
     for start in (first, first - round(10 / timing.tick)):
         if start <= timing.times[0]:
             return None
-        frame = next(decode(path, start), None)
-        if frame and frame.key_frame and frame.pts is not None and frame.pts <= first:
-            return start
+        with contextlib.suppress(VideoError):
+            frame = next(decode(path, start), None)
+            if frame and frame.key_frame and frame.pts is not None and frame.pts <= first:
+                return start
     return None
 
 def upright_pixels(frame, size, scaler):
@@ -625,12 +627,12 @@ def upright_pixels(frame, size, scaler):
     if matrix is None:
         return pixels
 
-    # The 3 x 3 matrix starts with a, b, 0, c, d: the x axis of the picture is to point to
-    # (a, b), the y axis to (c, d). Upright, b and c are 0, and the sums below are a and d.
-    # In a quarter turn, a and d are 0: after the swap, the sums are c and b.
+    # The 3 x 3 matrix starts with a, b, 0, c, d. It sends the picture's x axis to (a, b)
+    # and its y axis to (c, d); in each pair one number is 0. So a + c is negative if the
+    # new x axis is reversed, and b + d if the new y axis is.
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
     if abs(b) > abs(a):
-        pixels = pixels.swapaxes(0, 1)
+        pixels = pixels.swapaxes(0, 1)  # the old y axis is the new x axis
     if a + c < 0:
         pixels = pixels[:, ::-1]  # mirror left and right
     if b + d < 0:
@@ -666,7 +668,7 @@ def retrieval_metrics(sim, target):
 def video_to_text(sim, target):
     """sim (A, B), target (A,) -> (G, G) over the G videos that have captions; others are
     left out. Entry (i, j) is the best similarity of video i to a caption of video j, as
-    usual since CLIP4Clip. The true pairs are on the diagonal."""
+    in CLIP4Clip. The true pairs are on the diagonal."""
     videos = target.unique()  # (G,)
     columns = [sim[target == video].amax(dim=0) for video in videos]  # G columns (B,)
     return torch.stack(columns, dim=1)[videos]  # (G, G)

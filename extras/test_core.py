@@ -1123,14 +1123,6 @@ def test_micro_batches_switch_dropout_off_for_it_would_differ_between_the_passes
     with pytest.raises(AssertionError):
         assert_equal_gradients(with_dropout, by_parts)
 
-def test_a_run_with_dropout_resumes_to_the_same_bytes(data, dropout, monkeypatch):
-    flags = [*SMALL, "--data", "clips.jsonl", "--checkpoint-every", "1"]
-    train.main([*flags, "--out", "whole"])
-    run_until(monkeypatch, [*flags, "--out", "a"], "training_step", 3)
-    torch.manual_seed(99)
-    train.main(["--resume", "a"])
-    assert contents("a") == contents("whole")
-
 def test_a_batch_is_a_multiple_of_the_processes(monkeypatch):
     monkeypatch.setattr(train, "WORLD", 3)
     for size in (3, 6):

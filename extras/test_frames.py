@@ -224,6 +224,20 @@ def test_frames_without_usable_times_are_numbered_at_the_frame_rate(tmp_path, na
     seconds = (timing.times - timing.times[0]) * timing.tick
     assert seconds == pytest.approx(np.arange(count) / 25)
 
+def test_a_part_before_the_first_frame_that_can_be_decoded_gives_that_one(tmp_path):
+    """The file was cut between keyframes, so its first 14 frames cannot be decoded."""
+    whole, path = write_moving_clip(tmp_path / "closed.mp4"), tmp_path / "cut.mp4"
+    with av.open(str(whole)) as source, av.open(str(path), "w") as container:
+        stream = source.streams.video[0]
+        copy = container.add_stream_from_template(stream)
+        for packet in list(source.demux(stream))[10:]:
+            if packet.size:
+                packet.stream = copy
+                container.mux(packet)
+    (first,) = sample_frames(path, 1, 24, 0.0, 0.2)
+    assert np.array_equal(first.permute(1, 2, 0), decode_linearly(path)[0])
+    assert np.array_equal(decode_linearly(path)[0], decode_linearly(whole)[24])
+
 @pytest.fixture
 def decoded(monkeypatch):
     """The times of all frames that are decoded."""

@@ -83,8 +83,8 @@ class Evil:
 @pytest.mark.parametrize("content, message", [
     ({"text_model.embeddings.weight": torch.ones(1)}, "it has no visual.class_embedding"),
     ({"clip.visual.conv1.weight": torch.ones(1)}, "it has no visual.class_embedding"),
-    ({"state_dict": Evil()}, "not a whole file of weights"), (b"hello", "not a whole file"),
-    ("cut", "not a whole file of weights"), (None, "No such file")])
+    ({"state_dict": Evil()}, "damaged, or no weights"), (b"hello", "damaged, or no weights"),
+    ("cut", "damaged, or no weights"), (None, "No such file")])
 def test_what_is_no_file_of_weights_is_one_short_line(
         small_clip, tmp_path, monkeypatch, content, message):
     monkeypatch.chdir(tmp_path)
