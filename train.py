@@ -69,7 +69,8 @@ class Settings(Config):
     workers: int = 4  # threads that read batches ahead
     compile: bool = False  # torch.compile the encoders; for long runs on a GPU
     checkpoint_every: int = 2000  # steps; each epoch also ends with a checkpoint
-    eval_every: int = 0  # evaluate on the test set every so many epochs; 0 is never
+    # evaluate on the test set after every so many epochs; 0 is only at the end
+    eval_every: int = 0
     resume: str = ""  # continue the run in this folder, with its settings
     eval_only: str = ""  # evaluate the model of this run, on --data if it is given
     allow_missing: bool = False  # leave out clips that cannot be read
@@ -97,8 +98,8 @@ def default_settings(data="", backbone="", loss=""):
     return s
 
 def parse_settings(argv):
-    """Command line -> Settings. A flag that is not given has the value of the run to resume
-    or to evaluate, or else of default_settings."""
+    """Command line -> Settings. Flags that are not given have the values of the run to
+    resume or to evaluate, or else of default_settings."""
     # First only the flags on which the defaults depend; below, tyro reads all.
     preparser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--data", "--backbone", "--loss", "--resume"):
@@ -108,8 +109,7 @@ def parse_settings(argv):
     if typed.resume and typed.eval_only:
         raise InputError("--resume and --eval-only exclude each other")
 
-    # An evaluation has a folder of its own, and can be resumed, too.
-    folder = typed.resume or typed.eval_only
+    folder = typed.resume or typed.eval_only  # of the run whose settings are the defaults
     if folder:
         saved = read_settings(folder)
         default = saved
@@ -129,7 +129,7 @@ def parse_settings(argv):
 
 def refuse_changes(s, saved, folder):
     """Raise InputError if `s` differs from `saved`, a dictionary of a run's settings."""
-    # As in JSON, which turns a tuple that you may add into a list.
+    # `saved` was read from JSON, where a tuple becomes a list: do the same here.
     settings = json.loads(json.dumps(asdict(s)))
     for name in saved.keys() - MAY_CHANGE:
         if name == "precision" and s.eval_only:
@@ -299,7 +299,7 @@ def file_id(path):
 
 def data_hash(data):
     """A hash of captions, clips and video files, by which a run recognizes its data. Of
-    paths only the last names count, so that data may move."""
+    paths only the file names count, so that data may move."""
     clips = [(split, os.path.basename(clip.path), file_id(clip.path), clip.captions,
               clip.start, clip.end) for split in data for clip in data[split]]
     return hashlib.sha256(json.dumps(clips).encode()).hexdigest()
@@ -312,11 +312,11 @@ def cached_frames(clip, num_frames, size, cache):
     key = [CACHE_VERSION, os.path.abspath(clip.path), file_id(clip.path), clip.start,
            clip.end, num_frames, size]
     with contextlib.suppress(OSError):
-        # Also the time of modification, because file_id reads only the first 64 KB.
+        # Also the modification time, because file_id reads only the first 64 KB.
         key.append(os.stat(clip.path).st_mtime_ns)
     path = Path(cache, hashlib.sha1(json.dumps(key).encode()).hexdigest())
 
-    # A file that is missing or cut is written again.
+    # From the cache. A file that is missing or cut is written again below.
     with contextlib.suppress(OSError, ValueError):
         pixels = np.fromfile(path, np.uint8).reshape(num_frames, 3, size, size)
         return torch.from_numpy(pixels)
@@ -409,8 +409,8 @@ def positive_pairs(clips, batch):
     videos_of_text = {}
     for v, text in captions:
         videos_of_text.setdefault(text, []).append(v)
-    videos = np.array([v for v, _ in batch])  # (B,)
-    rows = [np.isin(videos, videos_of_text[text]) for _, text in captions]
+    columns = np.array([v for v, _ in batch])  # (B,), the clip of each column
+    rows = [np.isin(columns, videos_of_text[text]) for _, text in captions]
     return torch.from_numpy(np.stack(rows))
 
 # ---- Optimizer (section 5.2, Table 9)
@@ -444,8 +444,8 @@ def schedule(step, steps, warmup):
 
 # ---- Several processes (torchrun)
 # Each encodes its share of a batch, gathers all embeddings, and computes the whole loss.
-# It has only the gradient through its own share. The whole gradient is the sum of these,
-# while DDP would average.
+# Its gradient is only that through its own share, so the whole gradient is the sum over
+# the processes, while DDP would average.
 def rank_slice(items):
     """The part of a list that this process works on."""
     return items[len(items) * RANK // WORLD:len(items) * (RANK + 1) // WORLD]
@@ -478,7 +478,7 @@ def sum_gradients(model):
     named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     for name, gradient in named.items():
         if name.startswith("logit_"):
-            gradient.div_(WORLD)  # these are whole in each process already
+            gradient.div_(WORLD)  # each process has all of it, from the whole loss
     # One message instead of one for each parameter.
     flat = torch.cat([gradient.flatten() for gradient in named.values()])
     dist.all_reduce(flat)
@@ -488,8 +488,8 @@ def sum_gradients(model):
 
 # ---- Training step
 def training_step(model, optimizer, scaler, s, ids, mask, frames, positives):
-    """One step -> (5,): loss, mean MMS_F and MMS_V of the true pairs, gradient norm, loss
-    scale. `positives` (A, B) covers the whole batch, all else this process's part."""
+    """One step -> (5,): loss, mean MMS_F and MMS_V of the true pairs, gradient norm, scale
+    of fp16. `positives` (A, B) covers the whole batch, all else this process's part."""
     model.train()
     backward = backward_at_once
     if 0 < s.micro_batch < len(frames):
@@ -501,9 +501,9 @@ def training_step(model, optimizer, scaler, s, ids, mask, frames, positives):
     scaler.unscale_(optimizer)
     max_norm = s.max_grad_norm or math.inf
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    # The number by which fp16 multiplies the loss, otherwise 1. scaler.get_scale() would
-    # wait for the GPU.
-    loss_scale = scaler.scale(torch.ones_like(norm))
+    # The scale of fp16, otherwise 1. scaler.get_scale() would wait for the GPU, scaling a 1
+    # does not.
+    fp16_scale = scaler.scale(torch.ones_like(norm))
     scaler.step(optimizer)  # skipped in fp16 if a gradient overflows
     scaler.update()
     optimizer.zero_grad()
@@ -513,7 +513,7 @@ def training_step(model, optimizer, scaler, s, ids, mask, frames, positives):
     # Means over the true pairs. Indexing by `positives` would wait for the GPU.
     weight = positives / positives.sum()
     true_f, true_v = (mms_f * weight).sum(), (mms_v * weight).sum()
-    return torch.stack([loss, true_f, true_v, norm, loss_scale]).detach()
+    return torch.stack([loss, true_f, true_v, norm, fp16_scale]).detach()
 
 def backward_at_once(model, scaler, s, ids, mask, frames, positives):
     """Gradients of a batch that fits into memory -> loss, MMS_F, MMS_V."""
@@ -607,9 +607,8 @@ def train(model, data, s, device, out, data_id):
     with log, bar:
         for step, inputs in enumerate(prefetch(load, todo, s.workers), first):
             epoch, place = divmod(step, steps_per_epoch)
-            # The epoch before is evaluated here, and not below, so that a run that is
-            # killed meanwhile has its checkpoint, and evaluates again when it resumes.
-            # Other processes wait in their next step.
+            # Evaluate the previous epoch only now, after its checkpoint: a run that is
+            # killed meanwhile starts again here. Other processes wait in their next step.
             if place == 0 and epoch > 0 and RANK == 0:
                 log_evaluations(log, epoch - 1, model, data, s, device)
 
@@ -619,7 +618,7 @@ def train(model, data, s, device, out, data_id):
             numbers = training_step(model, optimizer, scaler, s, *inputs)
             bar.update()
 
-            # Groups differ in name or weight decay; the rate depends on the name.
+            # Two groups, with and without weight decay, share a name and a rate.
             lr = {group["name"]: group["lr"] for group in optimizer.param_groups}
             unread.append((dict(step=step, epoch=epoch, lr=lr), numbers))
             ends_epoch = place + 1 == steps_per_epoch
@@ -656,12 +655,13 @@ def log_evaluations(log, epoch, model, data, s, device):
 def write_log(log, bar, unread):
     """Log the steps since the last call. Raises FloatingPointError if one has failed."""
     for line, numbers in unread:
-        loss, true_f, true_v, norm, loss_scale = numbers.tolist()
+        loss, true_f, true_v, norm, fp16_scale = numbers.tolist()
         line.update(loss=loss, MMS_F=true_f, MMS_V=true_v, grad_norm=norm)
-        # fp16 skips a step whose gradients overflow, and halves its loss scale: note it
-        # and go on. If the scale is already 1, or without fp16, training has failed.
-        if loss_scale > 1 and not math.isfinite(norm):
-            line.update(grad_norm=None, loss_scale=loss_scale)
+        # fp16 skips a step whose gradients overflow, and halves its scale: note it and go
+        # on. If the scale is already 1, or without fp16, training has failed.
+        overflowed = fp16_scale > 1 and not math.isfinite(norm)
+        if overflowed:
+            line.update(grad_norm=None, loss_scale=fp16_scale)
         elif not math.isfinite(loss + norm):
             step = line["step"]
             raise FloatingPointError(f"loss {loss}, gradient norm {norm} in step {step}")
@@ -700,7 +700,8 @@ def save_checkpoint(out, step, log_end, state, data_id, s):
     torch.save(content, buffer)
     with atomic_write(path) as file:
         file.write(buffer.getbuffer())
-    # Keep one older checkpoint. Later ones, which are damaged, are left alone.
+    # Keep one older checkpoint. If this run was resumed from one because those of later
+    # steps were damaged, these may still be here, and are left alone.
     older = [other for other in checkpoint_paths(out) if other < path]
     for other in older[:-1]:
         other.unlink()
@@ -724,14 +725,11 @@ def restore(out, state, data_id, s):
     """Load the last checkpoint -> its step and the log's length, or 0, 0 without one."""
     content = load_checkpoint(out)
     if content is None:
-        # A model without checkpoints: the run was finished, but its log lost the result.
-        if (out / "model.safetensors").exists():
-            raise InputError(f"{out} holds a model, but its log is damaged: start a new run")
         return 0, 0
     if content["data"] != data_id:
         raise InputError(f"{out} was started with other clips or captions")
-    # settings.json may have been edited.
-    refuse_changes(s, json.loads(content["settings"]), out)
+    # settings.json may have been edited. Checkpoints of older versions have no settings.
+    refuse_changes(s, json.loads(content.get("settings", "{}")), out)
     for name, part in state.items():
         if content[name]:  # without fp16, the scaler's state is empty
             part.load_state_dict(content[name])
@@ -845,10 +843,13 @@ def run(s, device):
         if RANK == 0:
             remove_checkpoints(out)  # it may have been killed before it did so
         return out
+    if trains and (out / "model.safetensors").exists() and not checkpoint_paths(out):
+        # The run was finished, but its log has lost the result.
+        raise InputError(f"{out} holds a model, but its log is damaged: start a new run")
 
     torch.manual_seed(s.seed)
     model = make_model(s, out)
-    # To notice videos that are replaced during the run.
+    # To notice, at the end, videos that were replaced during the run.
     old_ids = {clip.path: file_id(clip.path) for split in splits for clip in data[split]}
     readable = {split: fill_cache(data[split], split, s, model.image_size)
                 for split in splits}
@@ -922,24 +923,24 @@ def remove_checkpoints(out):
 
 def train_and_evaluate(model, data, s, device, out, data_id):
     """-> what `evaluate` returns for the test clips, in the first process."""
-    videos_at_once = s.micro_batch or s.batch_size // WORLD
     try:
         model.to(device)
         if s.compile:
-            # In place, so that the parameters keep their names. Of the text encoder,
-            # only the transformer is called as a module.
+            # Unlike torch.compile(module), this keeps the names of parameters.
+            # encode_query calls only the transformer of the text encoder.
             visual, text = model.backbone.visual, model.backbone.text
             for module in (visual, text.transformer, model.temporal):
                 module.compile()
         if "train" in data:  # not with --eval-only or --epochs 0
             train(model, data, s, device, out, data_id)
-        videos_at_once = eval_batch_size(s)
         if RANK == 0:
             return evaluate(model, data["test"], s, device)
     except torch.OutOfMemoryError:
-        fewer = max(1, videos_at_once // 2)
-        raise InputError(f"{videos_at_once} videos at a time are too many for {device}: "
-                         f"use --resume {out} --micro-batch {fewer}") from None
+        # Half of the videos at a time, of which evaluation takes at most 32.
+        videos = s.micro_batch or s.batch_size // WORLD
+        fewer = max(1, min(videos, 32) // 2)
+        raise InputError(f"out of memory on {device}: use --resume {out} "
+                         f"--micro-batch {fewer}") from None
 
 def run_folder(s):
     """The folder of a new run or evaluation, or of the run to resume."""
@@ -997,7 +998,7 @@ def device_name(device):
     return device.type
 
 def pick_device(name):
-    """auto is a GPU if there is one. Of several processes each takes its own."""
+    """auto is a GPU if there is one. With several processes, each takes its own."""
     if name == "auto":
         name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:
@@ -1031,7 +1032,8 @@ def handle_signals(handler):
         signal.signal(signal.SIGHUP, handler)
 
 def run_main(main, name):
-    """Bad input is one line and exit code 2; a stop is code 130; a bug has a traceback."""
+    """Bad input is one line and exit code 2. A stop exits with code 130. A bug shows its
+    traceback."""
     handle_signals(signal.default_int_handler)
     try:
         main()

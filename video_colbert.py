@@ -93,7 +93,7 @@ def mms_fv(mms_f, mms_v):
 # `positives` is bool (A, B). `logit_scale` is log t, as SigLIP stores it; it and the
 # bias are numbers, or the model's parameters.
 def diagonal(sim):
-    """The default of `positives`: query i describes video i."""
+    """The default `positives`: query i describes video i."""
     A, B = sim.shape
     assert A == B, f"{A} queries and {B} videos have no diagonal: pass positives"
     return torch.eye(A, dtype=torch.bool, device=sim.device)
@@ -140,8 +140,8 @@ def load_backbone(name, pretrained):
     """-> an open_clip model, and the pixel mean and std that its weights expect. Raises
     InputError for a name or weights that cannot be used.
 
-    open_clip.create_model does not suffice: it cannot read OpenAI's .pt files, resizes
-    positions silently, and only warns if model and weights differ in QuickGELU."""
+    open_clip.create_model does not suffice: it resizes positions silently, and only warns
+    if model and weights differ in QuickGELU."""
     if name == "tiny":
         if pretrained not in ("auto", "none", None):
             raise InputError("the tiny backbone has no pretrained weights")
@@ -158,21 +158,21 @@ def load_backbone(name, pretrained):
     default_tag = "webli" if "webli" in tags else "openai"
     if pretrained == "auto":
         pretrained = default_tag
-    # A mean and std of pixels belong to a tag. A file, or none, gets the default tag's.
+    # The pixel mean and std come with the tag. A file, or none, takes the default tag's.
     is_tag = pretrained in tags
-    info = open_clip.get_pretrained_cfg(name, pretrained if is_tag else default_tag)
-    mean = info.get("mean", open_clip.OPENAI_DATASET_MEAN)
-    std = info.get("std", open_clip.OPENAI_DATASET_STD)
+    tag = open_clip.get_pretrained_cfg(name, pretrained if is_tag else default_tag)
+    mean = tag.get("mean", open_clip.OPENAI_DATASET_MEAN)
+    std = tag.get("std", open_clip.OPENAI_DATASET_STD)
     if pretrained in (None, "none"):
         return model, mean, std
 
     # A file does not tell whether it needs QuickGELU; a tag does.
-    if is_tag and info.get("quick_gelu", False) != config.get("quick_gelu", False):
+    if is_tag and tag.get("quick_gelu", False) != config.get("quick_gelu", False):
         raise InputError(f"weights {pretrained!r} and backbone {name!r} differ in QuickGELU, "
                          "which costs accuracy: add or drop -quickgelu in the name")
 
     try:
-        file = open_clip.download_pretrained(info) if is_tag else pretrained
+        file = open_clip.download_pretrained(tag) if is_tag else pretrained
         load_weights(model, file)
     except Exception as error:
         # A damaged file raises errors of many other types, with unclear messages.
@@ -196,7 +196,7 @@ def backbone_config(name):
     is_known_tokenizer = tokenizer is None or "SigLIP" in tokenizer
     # The temporal layers are copied text layers, which must be as wide as embeddings.
     has_same_width = text.get("width") == config["embed_dim"]
-    # encode_query projects each token.
+    # encode_query projects each token; the default is a matrix.
     has_projection = text.get("proj_type") != "none"
     has_usual_text = is_known_tokenizer and has_same_width and has_projection
     if is_resnet or is_coca or not has_usual_text:
@@ -205,8 +205,8 @@ def backbone_config(name):
     config.pop("custom_text", None)  # CustomTextCLIP takes no such argument
     return config
 
-# open_clip's checkpoints hold NumPy numbers, such as the epoch. torch's safe loader must
-# be told of their types. The pair gives the name that NumPy 1 used.
+# open_clip's checkpoints hold NumPy numbers, such as the epoch, whose types torch's safe
+# loader must allow. A pair allows `scalar` under the name that it has in files of NumPy 1.
 scalar = np._core.multiarray.scalar
 NUMPY_NUMBERS = [scalar, (scalar, "numpy.core.multiarray.scalar"),
                  np.dtype, np.dtypes.Int64DType, np.dtypes.Float64DType]
@@ -280,7 +280,7 @@ class VideoColBERT(nn.Module):
         self.config = config
         self.backbone, mean, std = load_backbone(config.backbone, config.pretrained)
         text = self.backbone.text
-        # SigLIP pools its last token, and pads its queries to their full length.
+        # SigLIP pools its last token, and pads its queries to the full context length.
         self.is_siglip = text.pool_type == "last"
         self.num_tokens = text.context_length if self.is_siglip else config.num_tokens
         self.check_config(text.context_length, text.token_embedding.num_embeddings)
@@ -339,8 +339,8 @@ class VideoColBERT(nn.Module):
             end = self.tokenizer.tokenizer.eos_token_id
         else:
             end = self.tokenizer.eot_token_id
-        # SigLIP pads with end tokens, so search for the first: argmax finds the first of
-        # equal values.
+        # The first end, because SigLIP also pads with end tokens. argmax finds the first
+        # maximum.
         first_end = (ids == end).int().argmax(dim=1, keepdim=True)  # (A, 1)
         return torch.arange(ids.shape[1], device=ids.device) <= first_end
 
@@ -369,7 +369,7 @@ class VideoColBERT(nn.Module):
 
     def encode_query(self, ids, mask):
         """ids, mask (A, M) from tokenize -> Q (A, M, d): unit vectors, and 0 where the
-        mask is False. open_clip projects one token; here all are projected."""
+        mask is False, as in ColBERT. open_clip projects one token, here all are."""
         text = self.backbone.text
         M = ids.shape[1]
         x = text.token_embedding(ids) + text.positional_embedding[:M]  # (A, M, d)
@@ -396,7 +396,7 @@ class VideoColBERT(nn.Module):
         f = self.backbone.visual(images).view(B, N, -1)  # (B, N, d)
         v = self.temporal(f)  # (B, N + E, d)
 
-        # For those who write another temporal module.
+        # This helps if you write another temporal module.
         expected = (B, N + self.config.visual_expansion, self.width)
         assert v.shape == expected, f"temporal: {tuple(v.shape)}, not {expected}"
         return normalize(f.float(), dim=-1), normalize(v.float(), dim=-1)
@@ -404,7 +404,7 @@ class VideoColBERT(nn.Module):
     def similarities(self, Q, mask, F, V):
         """Q (A, M, d), mask (A, M), F (B, N, d), V (B, N + E, d) -> MMS_F, MMS_V (A, B).
         With mean pooling (equation 1) one token counts, and a video is one vector."""
-        # For those who change the encoders: without unit length, training fails
+        # This helps if you change the encoders: without unit length, training fails
         # silently.
         if not self.norms_checked:
             for x in (Q[mask], F, V):
@@ -415,6 +415,7 @@ class VideoColBERT(nn.Module):
         if self.config.interaction == "mp":
             N = F.shape[1]
             F = normalize(F.mean(dim=1, keepdim=True), dim=-1)  # (B, 1, d)
+            # Of V without the expansion tokens.
             V = normalize(V[:, :N].mean(dim=1, keepdim=True), dim=-1)  # (B, 1, d)
         return mean_max_sim(Q, F, mask), mean_max_sim(Q, V, mask)
 
@@ -488,12 +489,13 @@ class Timing(NamedTuple):
     times: np.ndarray  # of all frames in ticks, sorted
     end: int  # of the last frame, in ticks
     tick: float  # in seconds
-    # Whether frame.pts is such a time. If not, frame i appears at times[i].
-    has_times: bool
+    # Whether the pts of a decoded frame is one of these times. If not, count the frames:
+    # frame i appears at times[i].
+    times_are_pts: bool
 
 @contextlib.contextmanager
 def open_video(path):
-    """-> container, video stream, has_times: whether the format stores exact times of
+    """-> container, video stream, is_exact: whether the format stores exact times of
     frames, unlike AVI. Raises VideoError."""
     try:
         # An absolute path, because a relative one with a colon may look like an address.
@@ -521,9 +523,9 @@ def decode(path, start=None):
         yield from container.decode(stream)
 
 def frame_times(path):
-    """-> Timing. Files without exact times are decoded for it."""
+    """-> Timing. Files without exact times must be decoded to find them."""
     times, durations, decoding_times = [], [], []
-    with open_video(path) as (container, stream, has_times):
+    with open_video(path) as (container, stream, is_exact):
         tick = float(stream.time_base)
         frame_rate = float(stream.average_rate or 25)  # 25 if unknown
         for packet in container.demux(stream):
@@ -534,16 +536,15 @@ def frame_times(path):
                 if packet.dts is not None:
                     decoding_times.append(packet.dts)
 
-    # Times of decoding fall by more than a second only where files were joined into one.
+    # Decoding times jump back by more than a second where files were joined into one.
     is_joined = (np.diff(decoding_times) * tick < -1).any()
-    has_times = has_times and not is_joined and None not in times
-    if not has_times:
-        # Decode all frames: frame i will appear at times[i]. Those of H.264 in AVI come
-        # in order, but with shuffled times, which are sorted below.
+    times_are_pts = is_exact and not is_joined and None not in times
+    if not times_are_pts:
+        # Those of H.264 in AVI are right, but not in order: they are sorted below.
         times = [frame.pts for frame in decode(path)]
         durations = [0] * len(times)  # unknown
         if is_joined or None in times:
-            # These times are of no use: frame i appears at i / frame_rate.
+            # No times at all, or wrong ones: frames appear at a constant rate.
             times = range(len(times))
             tick = 1 / frame_rate
 
@@ -551,12 +552,12 @@ def frame_times(path):
         raise VideoError(f"{path}: no frame can be decoded")
 
     # Packets come in the order of decoding, so the last frame need not come last.
-    duration = durations[np.argmax(times)]
+    duration = durations[np.argmax(times)]  # of the last frame
     times = np.sort(times)
     if not duration:
         # The mean gap between frames, at least one tick.
         duration = max(1, (times[-1] - times[0]) // max(1, len(times) - 1))
-    return Timing(times, times[-1] + duration, tick, has_times)
+    return Timing(times, times[-1] + duration, tick, times_are_pts)
 
 def sample_times(path, timing, num_frames, start=0.0, end=None):
     """The times, (num_frames,) in ticks, of the frames that sample_frames takes."""
@@ -567,7 +568,7 @@ def sample_times(path, timing, num_frames, start=0.0, end=None):
         raise VideoError(f"{path}: no {num_frames} frames between {start} and {end} s")
 
     middles = start + (np.arange(num_frames) + 0.5) / num_frames * (end - start)
-    # Rounded to 0.001 ticks, or else errors of floating point may pick the frame before.
+    # Rounded, or a floating-point error could put a moment just before its frame.
     moments = times[0] + np.round(middles / tick, 3)
     # The last frame that has appeared at each of these moments.
     return times[np.searchsorted(times, moments, side="right") - 1]
@@ -577,37 +578,36 @@ def frames_at(path, timing, wanted, size):
     scaler = VideoReformatter()
     frames = decode(path, seek_time(path, timing, int(wanted[0])))
 
-    if timing.has_times:
+    if timing.times_are_pts:
         timed_frames = ((frame.pts, frame) for frame in frames if frame.pts is not None)
     else:
         timed_frames = zip(timing.times, frames)  # all frames, in order
 
-    remaining, pixels, shown = deque(wanted), [], None
+    remaining, pixels, previous = deque(wanted), [], None
     for time, frame in timed_frames:
-        # A wanted frame may be damaged, and not come. So take the last one up to its
-        # time, which is known when a later one comes. If there is none, take the first.
+        # A damaged frame never comes. So wait for a later one, and then take the one
+        # before it, or the later one itself if it is the first.
         while remaining and remaining[0] < time:
             remaining.popleft()
-            pixels.append(upright_pixels(shown or frame, size, scaler))
-        shown = frame
+            pixels.append(upright_pixels(previous or frame, size, scaler))
+        previous = frame
         if not remaining:
             break
 
-    if not shown:
+    if not previous:
         raise VideoError(f"{path}: no frame can be decoded")
     # The last frame stays on screen.
-    pixels += [upright_pixels(shown, size, scaler) for _ in remaining]
+    pixels += [upright_pixels(previous, size, scaler) for _ in remaining]
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
 
 def seek_time(path, timing, first):
     """A time to seek to, from which decoding reaches the frame at time `first`. None is
     the beginning of the file."""
-    if not timing.has_times:
+    if not timing.times_are_pts:
         return None
 
-    # A seek in MPEG-TS may land too late, and one to before the first keyframe may fail.
-    # So look at the frame that it finds. If that is bad, try 10 seconds earlier, and then
-    # the beginning.
+    # A seek in MPEG-TS may land too late, and before the first keyframe it may fail. So
+    # check the frame that it finds, or else try 10 seconds earlier, and then the beginning.
     for start in (first, first - round(10 / timing.tick)):
         if start <= timing.times[0]:
             return None
@@ -627,12 +627,12 @@ def upright_pixels(frame, size, scaler):
     if matrix is None:
         return pixels
 
-    # The 3 x 3 matrix starts with a, b, 0, c, d. It sends the picture's x axis to (a, b)
-    # and its y axis to (c, d); in each pair one number is 0. So a + c is negative if the
-    # new x axis is reversed, and b + d if the new y axis is.
+    # The 3 x 3 matrix starts with a, b, 0, c, d. The new x is a x + c y, and the new y is
+    # b x + d y. In each sum one factor is 0, so a negative a + c mirrors the new x, and a
+    # negative b + d mirrors the new y.
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
     if abs(b) > abs(a):
-        pixels = pixels.swapaxes(0, 1)  # the old y axis is the new x axis
+        pixels = pixels.swapaxes(0, 1)  # the new x is the old y
     if a + c < 0:
         pixels = pixels[:, ::-1]  # mirror left and right
     if b + d < 0:
@@ -671,7 +671,8 @@ def video_to_text(sim, target):
     in CLIP4Clip. The true pairs are on the diagonal."""
     videos = target.unique()  # (G,)
     columns = [sim[target == video].amax(dim=0) for video in videos]  # G columns (B,)
-    return torch.stack(columns, dim=1)[videos]  # (G, G)
+    best = torch.stack(columns, dim=1)  # (B, G)
+    return best[videos]  # (G, G)
 
 def reciprocal_rank_fusion(mms_f, mms_v, k=60):
     """Similarities (A, B) twice -> the sum of 1 / (k + rank), (A, B) (section 6)."""

@@ -1151,7 +1151,7 @@ def test_out_of_memory_is_one_line_that_names_the_next_micro_batch(data, monkeyp
     monkeypatch.setattr(VideoColBERT, "encode_video", needs_more_than_there_is)
     with pytest.raises(SystemExit, match="2"):
         train.run_main(lambda: train.main(flags), "train.py")
-    assert ("train.py: 4 videos at a time are too many for cpu: use --resume a --micro-batch 2\n"
+    assert ("train.py: out of memory on cpu: use --resume a --micro-batch 2\n"
             in capsys.readouterr().err)
     assert os.listdir("a/checkpoints") == ["step-00000001.pt"]
     train.main(["--resume", "a", "--micro-batch", "1"])
@@ -1160,7 +1160,7 @@ def test_out_of_memory_is_one_line_that_names_the_next_micro_batch(data, monkeyp
 def test_an_error_during_training_is_a_line_of_its_own_below_the_bar(data):
     process = start(train_without_memory, *SMALL, "--data", "clips.jsonl")
     code, lines = ends(process)
-    assert code == 2 and lines[-1].startswith("train.py: 4 videos at a time are too many")
+    assert code == 2 and lines[-1].startswith("train.py: out of memory on cpu")
 
 def out_of_memory(*args):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")

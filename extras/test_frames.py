@@ -195,7 +195,7 @@ def test_seeking_gives_the_pixels_of_decoding_from_the_beginning(tmp_path, name)
         # Of two frames with one time, as MPEG streams may have, the later one is seen.
         want = np.stack([linear[k - 1] for k in np.searchsorted(ticks, wanted, "right")])
         long = times
-        if times.has_times:
+        if times.times_are_pts:
             # As many ticks as an hour has.
             long = times._replace(times=np.repeat(ticks, 100_000 // len(ticks)))
         for got in (frames_at(path, times, wanted, 24), seek_frames(path, long, wanted, 24)):

@@ -460,13 +460,18 @@ def test_an_evaluation_may_have_another_precision_and_a_resumed_run_may_not(data
     train.main(["--eval-only", "a", "--precision", "bf16", "--out", "b"])
     assert train.read_settings("b").precision == "bf16"
 
-def test_memory_that_runs_out_in_an_evaluation_names_how_many_videos_were_too_many(
-        data, monkeypatch):
+@pytest.mark.parametrize("flags, fewer", [
+    (["--batch-size", "128"], 16), (["--batch-size", "4"], 2), (["--micro-batch", "3"], 1)])
+def test_memory_that_runs_out_in_an_evaluation_names_fewer_videos(
+        data, monkeypatch, flags, fewer):
+    """It takes 32 at a time, or a micro-batch if that is smaller."""
     def too_many(*args):
         raise torch.OutOfMemoryError
     monkeypatch.setattr(train, "evaluate", too_many)
-    with pytest.raises(InputError, match="^32 videos .*--micro-batch 16"):
-        train.main([*FLAGS, "--epochs", "0", "--out", "a"])
+    with pytest.raises(InputError, match=f"^out of memory on cpu: .* --micro-batch {fewer}$"):
+        train.main([*FLAGS, "--epochs", "0", "--out", "a", *flags])
+    s = train.Settings(micro_batch=fewer)
+    assert train.eval_batch_size(s) == fewer
 
 def test_a_kill_in_the_evaluation_after_an_epoch_loses_no_step(data, monkeypatch):
     """As torchrun does half a minute after Ctrl-C; and the resumed run evaluates again."""
