@@ -75,8 +75,8 @@ class Settings(Config):
     eval_only: str = ""  # evaluate the model of this run, on --data if it is given
     allow_missing: bool = False  # leave out clips that cannot be read
 
-# What --resume and --eval-only may change. Data may move; a run that is resumed compares
-# their data_hash.
+# What --resume and --eval-only may change. Data may move: when a run is resumed, their
+# data_hash must be the same.
 MAY_CHANGE = {"data", "root", "out", "cache", "device", "micro_batch", "workers",
               "checkpoint_every", "eval_every", "resume", "eval_only", "allow_missing"}
 
@@ -147,7 +147,7 @@ def check_settings(s):
         logit_scale=-100, logit_bias=-1e6)
     for name, lowest in at_least.items():
         value = getattr(s, name)
-        # torch takes seeds below 2 ** 63. NaN is not in this range either.
+        # Finite, no NaN, and a seed that torch takes.
         if not lowest <= value < 2 ** 63:
             raise InputError(f"--{name.replace('_', '-')} cannot be {value}")
     if s.warmup > 1:
@@ -188,8 +188,9 @@ class Clip:
     end: float | None = None  # seconds; None is the end of the video
 
     def __post_init__(self):
-        captions = self.captions if isinstance(self.captions, list) else []
-        if not captions or not all(isinstance(x, str) and x.strip() for x in captions):
+        captions = self.captions
+        is_list = isinstance(captions, list) and len(captions) > 0
+        if not is_list or not all(isinstance(x, str) and x.strip() for x in captions):
             raise ValueError("expected a list of captions that are not blank")
         # JSON can hold half a character, such as \ud83d. No tokenizer takes it, and
         # encode() raises a ValueError.
@@ -234,7 +235,7 @@ def load_clips(s):
 
 def json_records(path):
     """Lines {"video": path, "captions": [...], "split": "train", "val" or "test"}, and
-    perhaps "start" and "end" in seconds. Paths are absolute or relative to the file."""
+    optionally "start" and "end" in seconds. Paths are absolute or relative to the file."""
     lines = read_file(path, list)  # list(file) is its lines
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -301,7 +302,8 @@ def data_hash(data):
     """A hash of captions, clips and video files, by which a run recognizes its data. Of
     paths only the file names count, so that data may move."""
     clips = [(split, os.path.basename(clip.path), file_id(clip.path), clip.captions,
-              clip.start, clip.end) for split in data for clip in data[split]]
+              clip.start, clip.end)
+             for split in data for clip in data[split]]
     return hashlib.sha256(json.dumps(clips).encode()).hexdigest()
 
 # ---- Frames: each clip is decoded once, into a file of the cache
@@ -316,7 +318,7 @@ def cached_frames(clip, num_frames, size, cache):
         key.append(os.stat(clip.path).st_mtime_ns)
     path = Path(cache, hashlib.sha1(json.dumps(key).encode()).hexdigest())
 
-    # From the cache. A file that is missing or cut is written again below.
+    # From the cache. A file that is missing or truncated is written again below.
     with contextlib.suppress(OSError, ValueError):
         pixels = np.fromfile(path, np.uint8).reshape(num_frames, 3, size, size)
         return torch.from_numpy(pixels)
@@ -409,7 +411,8 @@ def positive_pairs(clips, batch):
     videos_of_text = {}
     for v, text in captions:
         videos_of_text.setdefault(text, []).append(v)
-    columns = np.array([v for v, _ in batch])  # (B,), the clip of each column
+    # The clip of each column. One may be there twice.
+    columns = np.array([v for v, _ in batch])  # (B,)
     rows = [np.isin(columns, videos_of_text[text]) for _, text in captions]
     return torch.from_numpy(np.stack(rows))
 
@@ -478,7 +481,7 @@ def sum_gradients(model):
     named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     for name, gradient in named.items():
         if name.startswith("logit_"):
-            gradient.div_(WORLD)  # each process has all of it, from the whole loss
+            gradient.div_(WORLD)  # each process has all of it, not a share
     # One message instead of one for each parameter.
     flat = torch.cat([gradient.flatten() for gradient in named.values()])
     dist.all_reduce(flat)
@@ -501,8 +504,8 @@ def training_step(model, optimizer, scaler, s, ids, mask, frames, positives):
     scaler.unscale_(optimizer)
     max_norm = s.max_grad_norm or math.inf
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    # The scale of fp16, otherwise 1. scaler.get_scale() would wait for the GPU, scaling a 1
-    # does not.
+    # The scale of fp16, otherwise 1: write_log recognizes an overflow by it. get_scale()
+    # would wait for the GPU.
     fp16_scale = scaler.scale(torch.ones_like(norm))
     scaler.step(optimizer)  # skipped in fp16 if a gradient overflows
     scaler.update()
@@ -517,7 +520,7 @@ def training_step(model, optimizer, scaler, s, ids, mask, frames, positives):
 
 def backward_at_once(model, scaler, s, ids, mask, frames, positives):
     """Gradients of a batch that fits into memory -> loss, MMS_F, MMS_V."""
-    Q, F, V = encode(model, s, ids, mask, frames)
+    Q, F, V = encode(model, s, ids, frames)
     loss, mms_f, mms_v = whole_loss(model, Q, mask, F, V, positives)
     scaler.scale(loss).backward()
     return loss, mms_f, mms_v
@@ -525,11 +528,10 @@ def backward_at_once(model, scaler, s, ids, mask, frames, positives):
 def backward_in_parts(model, scaler, s, ids, mask, frames, positives):
     """The same with the activations of a few videos at a time: GradCache (Gao et al.
     2021)."""
-    model.eval()  # no dropout, if you add any: both passes must agree
+    model.eval()  # without dropout, because both passes must agree
     count = math.ceil(len(frames) / s.micro_batch)
     # A part's captions need not belong to its videos: here they are only encoded.
-    parts = list(zip(ids.tensor_split(count), mask.tensor_split(count),
-                     frames.tensor_split(count)))
+    parts = list(zip(ids.tensor_split(count), frames.tensor_split(count)))
 
     # 1. Embed all parts without keeping activations.
     Q, F, V = [], [], []
@@ -556,9 +558,9 @@ def whole_loss(model, Q, mask, F, V, positives):
     Q, mask, F, V = gather_rows(Q), gather_rows(mask), gather_rows(F), gather_rows(V)
     return model.compute_loss(Q, mask, F, V, positives)
 
-def encode(model, s, ids, mask, frames):
+def encode(model, s, ids, frames):
     with autocast(frames.device, s.precision):
-        Q = model.encode_query(ids, mask)
+        Q = model.encode_query(ids)
         F, V = model.encode_video(frames)
     return Q, F, V
 
@@ -596,8 +598,8 @@ def train(model, data, s, device, out, data_id):
     log = open(os.devnull, "a") if RANK > 0 else open_log(out, log_end)
 
     # A signal only asks to stop, so that no step is cut short.
-    stop = threading.Event()
-    handle_signals(lambda number, frame: stop.set())
+    stop_signal = threading.Event()
+    handle_signals(lambda number, frame: stop_signal.set())
     load = partial(load_batch, clips=clips, s=s, model=model)
     todo = itertools.islice(batches(clips, s), first, None)
     bar = tqdm(desc=f"training on {device_name(device)}", initial=first, total=steps,
@@ -607,8 +609,9 @@ def train(model, data, s, device, out, data_id):
     with log, bar:
         for step, inputs in enumerate(prefetch(load, todo, s.workers), first):
             epoch, place = divmod(step, steps_per_epoch)
-            # Evaluate the previous epoch only now, after its checkpoint: a run that is
-            # killed meanwhile starts again here. Other processes wait in their next step.
+            # An epoch is evaluated after its checkpoint is saved, in the first step of
+            # the next one: a run that is killed while evaluating resumes here, and
+            # evaluates again. Other processes wait in their next step.
             if place == 0 and epoch > 0 and RANK == 0:
                 log_evaluations(log, epoch - 1, model, data, s, device)
 
@@ -622,7 +625,7 @@ def train(model, data, s, device, out, data_id):
             lr = {group["name"]: group["lr"] for group in optimizer.param_groups}
             unread.append((dict(step=step, epoch=epoch, lr=lr), numbers))
             ends_epoch = place + 1 == steps_per_epoch
-            stops = any_process(stop.is_set())
+            stops = any_process(stop_signal.is_set())
             saves = stops or ends_epoch or (step + 1) % s.checkpoint_every == 0
             # A GPU would have to wait if the numbers were read after each step.
             if saves or device.type == "cpu" or len(unread) == 50:
@@ -637,7 +640,7 @@ def train(model, data, s, device, out, data_id):
             log_evaluations(log, s.epochs - 1, model, data, s, device)
 
     # Ask again, because the signal may have come in the last evaluation.
-    if any_process(stop.is_set()):
+    if any_process(stop_signal.is_set()):
         if RANK == 0:
             note = f"stopped after {bar.n} steps; continue with --resume {out}"
             print(note, file=sys.stderr)
@@ -657,8 +660,8 @@ def write_log(log, bar, unread):
     for line, numbers in unread:
         loss, true_f, true_v, norm, fp16_scale = numbers.tolist()
         line.update(loss=loss, MMS_F=true_f, MMS_V=true_v, grad_norm=norm)
-        # fp16 skips a step whose gradients overflow, and halves its scale: note it and go
-        # on. If the scale is already 1, or without fp16, training has failed.
+        # fp16 skips a step whose gradients overflow and halves its scale, which is
+        # normal while the scale is above 1. Any other infinity or NaN is a failure.
         overflowed = fp16_scale > 1 and not math.isfinite(norm)
         if overflowed:
             line.update(grad_norm=None, loss_scale=fp16_scale)
@@ -685,7 +688,7 @@ def write_line(log, record):
 
 # ---- Checkpoints
 def checkpoint_paths(out):
-    """Sorted by step. Copies with other names are the user's, and not touched."""
+    """Sorted by step. Copies with other names belong to the user: they are left alone."""
     digits = 8 * "[0-9]"
     return sorted(Path(out, "checkpoints").glob(f"step-{digits}.pt"))
 
@@ -700,8 +703,8 @@ def save_checkpoint(out, step, log_end, state, data_id, s):
     torch.save(content, buffer)
     with atomic_write(path) as file:
         file.write(buffer.getbuffer())
-    # Keep one older checkpoint. If this run was resumed from one because those of later
-    # steps were damaged, these may still be here, and are left alone.
+    # Keep one older checkpoint. Later ones can only be damaged ones from before a
+    # resume, and are left alone.
     older = [other for other in checkpoint_paths(out) if other < path]
     for other in older[:-1]:
         other.unlink()
@@ -776,7 +779,7 @@ def evaluate(model, clips, s, device):
         ids, mask = model.tokenize(captions[i:i + size])
         ids, mask = ids.to(device), mask.to(device)
         with autocast(device, s.precision):
-            Q = model.encode_query(ids, mask)
+            Q = model.encode_query(ids)
         some_f, some_v = model.similarities(Q, mask, F, V)
         mms_f.append(some_f.cpu())
         mms_v.append(some_v.cpu())
@@ -844,7 +847,7 @@ def run(s, device):
             remove_checkpoints(out)  # it may have been killed before it did so
         return out
     if trains and (out / "model.safetensors").exists() and not checkpoint_paths(out):
-        # The run was finished, but its log has lost the result.
+        # Only a finished run has a model and no checkpoints (see below).
         raise InputError(f"{out} holds a model, but its log is damaged: start a new run")
 
     torch.manual_seed(s.seed)
@@ -859,7 +862,7 @@ def run(s, device):
             raise InputError(f"--batch-size {s.batch_size} is more than {examples} examples")
 
     with claimed_folder(s, out):
-        sims = train_and_evaluate(model, readable, s, device, out, data_id)
+        scores_and_target = train_and_evaluate(model, readable, s, device, out, data_id)
         if RANK == 0:
             if not s.eval_only:
                 with user_errors(out, OSError):
@@ -872,7 +875,8 @@ def run(s, device):
                         f"put the old file back and use --resume {out}")
             missing = {split: len(data[split]) - len(readable[split]) for split in splits}
             result = dict(
-                evaluation=result_rows(*sims, s.interaction), best=best_epoch(out),
+                evaluation=result_rows(*scores_and_target, s.interaction),
+                best=best_epoch(out),
                 gallery=len(readable["test"]), missing=missing["test"],
                 missing_train=missing.get("train", 0), data=data_id,
                 machine=f"{WORLD} x {device_name(device)}, torch {torch.__version__}")
@@ -926,8 +930,8 @@ def train_and_evaluate(model, data, s, device, out, data_id):
     try:
         model.to(device)
         if s.compile:
-            # Unlike torch.compile(module), this keeps the names of parameters.
-            # encode_query calls only the transformer of the text encoder.
+            # module.compile() keeps the names of parameters. Of the text encoder,
+            # encode_query calls only the transformer.
             visual, text = model.backbone.visual, model.backbone.text
             for module in (visual, text.transformer, model.temporal):
                 module.compile()
@@ -936,7 +940,8 @@ def train_and_evaluate(model, data, s, device, out, data_id):
         if RANK == 0:
             return evaluate(model, data["test"], s, device)
     except torch.OutOfMemoryError:
-        # Half of the videos at a time, of which evaluation takes at most 32.
+        # At most 16, or else evaluation, which takes at most 32 at a time, would not
+        # shrink.
         videos = s.micro_batch or s.batch_size // WORLD
         fewer = max(1, min(videos, 32) // 2)
         raise InputError(f"out of memory on {device}: use --resume {out} "
@@ -957,7 +962,7 @@ def check_is_new(out):
         raise InputError(f"{out} exists: give a new --out, or --resume {out}")
 
 def read_log(out):
-    """The lines of a run's log that are whole; none if it has not begun."""
+    """The complete lines of a run's log; none if it has not begun."""
     path, lines = Path(out, "log.jsonl"), []
     if not path.exists():
         return lines

@@ -4,7 +4,7 @@
     frames = torch.stack([sample_frames(path, 12, 224) for path in paths])
     F, V = model.encode_video(frames)  # before and after temporal attention
     ids, mask = model.tokenize(["a man feeds a dog"])
-    Q = model.encode_query(ids, mask)
+    Q = model.encode_query(ids)
     mms_f, mms_v = model.similarities(Q, mask, F, V)
     scores = mms_fv(mms_f, mms_v)  # (queries, videos), equation 5
 
@@ -140,13 +140,14 @@ def load_backbone(name, pretrained):
     """-> an open_clip model, and the pixel mean and std that its weights expect. Raises
     InputError for a name or weights that cannot be used.
 
-    open_clip.create_model does not suffice: it resizes positions silently, and only warns
-    if model and weights differ in QuickGELU."""
+    open_clip.create_model does not suffice: it resizes positions silently, and only
+    warns if model and weights differ in QuickGELU."""
     if name == "tiny":
         if pretrained not in ("auto", "none", None):
             raise InputError("the tiny backbone has no pretrained weights")
         model = open_clip.CustomTextCLIP(**TINY)
-        # Untrained positions are too small beside patches; 4 was found by trial.
+        # Untrained positions are too small compared with the patch embeddings; 4 was
+        # found by trial.
         model.visual.positional_embedding.data *= 4
         return model, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 
@@ -158,8 +159,8 @@ def load_backbone(name, pretrained):
     default_tag = "webli" if "webli" in tags else "openai"
     if pretrained == "auto":
         pretrained = default_tag
-    # The pixel mean and std come with the tag. A file, or none, takes the default tag's.
-    is_tag = pretrained in tags
+    is_tag = pretrained in tags  # else a file, or none
+    # The pixel mean and std come with a tag.
     tag = open_clip.get_pretrained_cfg(name, pretrained if is_tag else default_tag)
     mean = tag.get("mean", open_clip.OPENAI_DATASET_MEAN)
     std = tag.get("std", open_clip.OPENAI_DATASET_STD)
@@ -194,9 +195,9 @@ def backbone_config(name):
     is_coca = "multimodal_cfg" in config
     tokenizer = text.get("hf_tokenizer_name")  # None is CLIP's own
     is_known_tokenizer = tokenizer is None or "SigLIP" in tokenizer
-    # The temporal layers are copied text layers, which must be as wide as embeddings.
+    # The temporal layers are copied text layers, so the text's width must be d.
     has_same_width = text.get("width") == config["embed_dim"]
-    # encode_query projects each token; the default is a matrix.
+    # encode_query needs a projection. It is a matrix if nothing is said.
     has_projection = text.get("proj_type") != "none"
     has_usual_text = is_known_tokenizer and has_same_width and has_projection
     if is_resnet or is_coca or not has_usual_text:
@@ -205,8 +206,8 @@ def backbone_config(name):
     config.pop("custom_text", None)  # CustomTextCLIP takes no such argument
     return config
 
-# open_clip's checkpoints hold NumPy numbers, such as the epoch, whose types torch's safe
-# loader must allow. A pair allows `scalar` under the name that it has in files of NumPy 1.
+# Checkpoints may hold NumPy numbers, such as the epoch, and torch's safe loader must be
+# told to allow their types. A pair is (type, its name in the file), for files of NumPy 1.
 scalar = np._core.multiarray.scalar
 NUMPY_NUMBERS = [scalar, (scalar, "numpy.core.multiarray.scalar"),
                  np.dtype, np.dtypes.Int64DType, np.dtypes.Float64DType]
@@ -214,7 +215,8 @@ NUMPY_NUMBERS = [scalar, (scalar, "numpy.core.multiarray.scalar"),
 def load_weights(model, file):
     """Load OpenAI's TorchScript archive, or what open_clip or safetensors saved, into an
     open_clip model. No pickled code in the file is run."""
-    # Only TorchScript archives hold constants.pkl.
+    # OpenAI's files are TorchScript archives, which only torch.jit loads. Only they hold
+    # constants.pkl.
     names = zipfile.ZipFile(file).namelist() if zipfile.is_zipfile(file) else []
     if any(name.endswith("/constants.pkl") for name in names):
         weights = torch.jit.load(file, map_location="cpu").state_dict()
@@ -270,10 +272,8 @@ class TemporalTransformer(nn.Module):
 class VideoColBERT(nn.Module):
     """The query encoder, frame encoder and temporal transformer of Figure 2.
 
-    Q, F and V are float32 unit vectors, also under autocast; Q is 0 where a token does
-    not count.
-    `image_size` is the side of a frame in pixels, `width` is d. Raises InputError for
-    invalid settings."""
+    Q, F and V are float32 unit vectors, also under autocast. `image_size` is the side of a
+    frame in pixels, `width` is d. Raises InputError for invalid settings."""
 
     def __init__(self, config):
         super().__init__()
@@ -367,9 +367,9 @@ class VideoColBERT(nn.Module):
             mask = real
         return ids, mask
 
-    def encode_query(self, ids, mask):
-        """ids, mask (A, M) from tokenize -> Q (A, M, d): unit vectors, and 0 where the
-        mask is False, as in ColBERT. open_clip projects one token, here all are."""
+    def encode_query(self, ids):
+        """ids (A, M) from tokenize -> Q (A, M, d), a unit vector for each token, also for
+        pads. open_clip projects one token of a text; here all are projected."""
         text = self.backbone.text
         M = ids.shape[1]
         x = text.token_embedding(ids) + text.positional_embedding[:M]  # (A, M, d)
@@ -379,7 +379,7 @@ class VideoColBERT(nn.Module):
         # SigLIP's projection is a layer, CLIP's is a matrix.
         project = text.text_projection
         x = project(x) if isinstance(project, nn.Linear) else x @ project
-        return normalize(x.float(), dim=-1) * mask[..., None]  # (A, M, d)
+        return normalize(x.float(), dim=-1)  # (A, M, d)
 
     def encode_video(self, frames):
         """uint8 RGB frames (B, N, 3, image_size, image_size), N at most num_frames ->
@@ -407,7 +407,7 @@ class VideoColBERT(nn.Module):
         # This helps if you change the encoders: without unit length, training fails
         # silently.
         if not self.norms_checked:
-            for x in (Q[mask], F, V):
+            for x in (Q, F, V):
                 is_unit = (x.norm(dim=-1) - 1).abs() < 1e-3
                 assert is_unit.all(), "Q, F and V must have unit length: normalize them"
             self.norms_checked = True
@@ -415,13 +415,13 @@ class VideoColBERT(nn.Module):
         if self.config.interaction == "mp":
             N = F.shape[1]
             F = normalize(F.mean(dim=1, keepdim=True), dim=-1)  # (B, 1, d)
-            # Of V without the expansion tokens.
+            # The expansion tokens are left out of V's mean.
             V = normalize(V[:, :N].mean(dim=1, keepdim=True), dim=-1)  # (B, 1, d)
         return mean_max_sim(Q, F, mask), mean_max_sim(Q, V, mask)
 
     def compute_loss(self, Q, mask, F, V, positives=None):
-        """Takes what `similarities` takes, and positives (A, B), by default the diagonal
-        -> loss, MMS_F (A, B), MMS_V (A, B)."""
+        """The inputs of `similarities`, and positives (A, B), by default the diagonal ->
+        loss, MMS_F (A, B), MMS_V (A, B)."""
         mms_f, mms_v = self.similarities(Q, mask, F, V)
         criterion = LOSSES[self.config.loss]
         scale, bias = self.logit_scale, self.logit_bias
@@ -437,7 +437,7 @@ class VideoColBERT(nn.Module):
 
     def forward(self, ids, mask, frames, positives=None):
         """-> a batch's loss, MMS_F and MMS_V."""
-        Q = self.encode_query(ids, mask)
+        Q = self.encode_query(ids)
         F, V = self.encode_video(frames)
         return self.compute_loss(Q, mask, F, V, positives)
 
@@ -489,8 +489,8 @@ class Timing(NamedTuple):
     times: np.ndarray  # of all frames in ticks, sorted
     end: int  # of the last frame, in ticks
     tick: float  # in seconds
-    # Whether the pts of a decoded frame is one of these times. If not, count the frames:
-    # frame i appears at times[i].
+    # Whether frame.pts, its presentation time, is one of these times. Otherwise the i-th
+    # frame that is decoded appears at times[i].
     times_are_pts: bool
 
 @contextlib.contextmanager
@@ -498,7 +498,8 @@ def open_video(path):
     """-> container, video stream, is_exact: whether the format stores exact times of
     frames, unlike AVI. Raises VideoError."""
     try:
-        # An absolute path, because a relative one with a colon may look like an address.
+        # Absolute, because a relative path with a colon may look like an address.
+        # abspath would be wrong for a .. that follows a link.
         with av.open(os.path.join(os.getcwd(), path), metadata_errors="ignore") as container:
             stream = container.streams.best("video")
             if not stream or not stream.codec_context:
@@ -529,7 +530,7 @@ def frame_times(path):
         tick = float(stream.time_base)
         frame_rate = float(stream.average_rate or 25)  # 25 if unknown
         for packet in container.demux(stream):
-            # Skip the empty last packet, and frames that an edit list hides.
+            # Skip the empty last packet, and frames that the file says not to show.
             if packet.size and not packet.is_discard:
                 times.append(packet.pts)
                 durations.append(packet.duration)
@@ -540,13 +541,14 @@ def frame_times(path):
     is_joined = (np.diff(decoding_times) * tick < -1).any()
     times_are_pts = is_exact and not is_joined and None not in times
     if not times_are_pts:
-        # Those of H.264 in AVI are right, but not in order: they are sorted below.
-        times = [frame.pts for frame in decode(path)]
-        durations = [0] * len(times)  # unknown
-        if is_joined or None in times:
-            # No times at all, or wrong ones: frames appear at a constant rate.
-            times = range(len(times))
+        decoded = [frame.pts for frame in decode(path)]
+        durations = [0] * len(decoded)  # unknown
+        if is_joined or None in decoded:
+            # No times, or wrong ones: assume a constant rate.
+            times = range(len(decoded))
             tick = 1 / frame_rate
+        else:
+            times = decoded  # those of H.264 in AVI are out of order, and sorted below
 
     if not times:
         raise VideoError(f"{path}: no frame can be decoded")
@@ -568,7 +570,8 @@ def sample_times(path, timing, num_frames, start=0.0, end=None):
         raise VideoError(f"{path}: no {num_frames} frames between {start} and {end} s")
 
     middles = start + (np.arange(num_frames) + 0.5) / num_frames * (end - start)
-    # Rounded, or a floating-point error could put a moment just before its frame.
+    # Rounded to 0.001 ticks, or a floating-point error could put a moment just before
+    # its frame.
     moments = times[0] + np.round(middles / tick, 3)
     # The last frame that has appeared at each of these moments.
     return times[np.searchsorted(times, moments, side="right") - 1]
@@ -585,8 +588,9 @@ def frames_at(path, timing, wanted, size):
 
     remaining, pixels, previous = deque(wanted), [], None
     for time, frame in timed_frames:
-        # A damaged frame never comes. So wait for a later one, and then take the one
-        # before it, or the later one itself if it is the first.
+        # A frame is on screen until the next one comes. So the first frame after a
+        # wanted time tells that the one before it was on screen. If there is none before
+        # it, because the file's beginning is damaged, take this one.
         while remaining and remaining[0] < time:
             remaining.popleft()
             pixels.append(upright_pixels(previous or frame, size, scaler))
@@ -606,15 +610,15 @@ def seek_time(path, timing, first):
     if not timing.times_are_pts:
         return None
 
-    # A seek in MPEG-TS may land too late, and before the first keyframe it may fail. So
-    # check the frame that it finds, or else try 10 seconds earlier, and then the beginning.
-    for start in (first, first - round(10 / timing.tick)):
-        if start <= timing.times[0]:
+    # A seek in MPEG-TS may land too late. So check the frame that it finds, or else try
+    # 10 seconds earlier, and then the beginning.
+    for target in (first, first - round(10 / timing.tick)):
+        if target <= timing.times[0]:
             return None
-        with contextlib.suppress(VideoError):
-            frame = next(decode(path, start), None)
+        with contextlib.suppress(VideoError):  # there may be no keyframe before it
+            frame = next(decode(path, target), None)
             if frame and frame.key_frame and frame.pts is not None and frame.pts <= first:
-                return start
+                return target
     return None
 
 def upright_pixels(frame, size, scaler):
@@ -627,9 +631,9 @@ def upright_pixels(frame, size, scaler):
     if matrix is None:
         return pixels
 
-    # The 3 x 3 matrix starts with a, b, 0, c, d. The new x is a x + c y, and the new y is
-    # b x + d y. In each sum one factor is 0, so a negative a + c mirrors the new x, and a
-    # negative b + d mirrors the new y.
+    # The 3 x 3 matrix starts with a, b, 0, c, d: new x = a x + c y, new y = b x + d y.
+    # For quarter turns and mirror images, one factor of each sum is 0, and the sign of
+    # the other tells whether that axis is mirrored.
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
     if abs(b) > abs(a):
         pixels = pixels.swapaxes(0, 1)  # the new x is the old y
@@ -675,5 +679,5 @@ def video_to_text(sim, target):
     return best[videos]  # (G, G)
 
 def reciprocal_rank_fusion(mms_f, mms_v, k=60):
-    """Similarities (A, B) twice -> the sum of 1 / (k + rank), (A, B) (section 6)."""
+    """Section 6: two matrices of similarities (A, B) -> the sum of 1 / (k + rank), (A, B)."""
     return 1 / (k + ranks(mms_f).double()) + 1 / (k + ranks(mms_v).double())

@@ -196,7 +196,7 @@ def bench_step(s, model, device):
         train.training_step(model, optimizer, scaler, settings, *batch)
 
     with torch.no_grad(), autocast(device):
-        images, Q = scale_pixels(), model.encode_query(ids, mask)
+        images, Q = scale_pixels(), model.encode_query(ids)
         F, V = model.encode_video(frames)
     with FlopCounterMode(display=False) as counter:
         with autocast(device):
@@ -209,7 +209,7 @@ def bench_step(s, model, device):
     peak = extra_megabytes(device, step)
     quarter = math.ceil(s.batch_size / 4)
     parts = {"image encoder": lambda: backward(backbone.visual, images),
-             "text encoder": lambda: backward(model.encode_query, ids, mask),
+             "text encoder": lambda: backward(model.encode_query, ids),
              "pixels": scale_pixels,
              "temporal transformer": lambda: backward(model.temporal, F),
              "loss": only_loss,
@@ -245,7 +245,7 @@ def bench_query(s, model, device, gallery=1000):
 
     def encode():
         with autocast(device):
-            return model.encode_query(ids, mask)
+            return model.encode_query(ids)
 
     def answer():
         scores = mms_fv(*model.similarities(encode(), mask, F, V))

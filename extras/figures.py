@@ -33,7 +33,7 @@ def embed_words(model, query):
     """query str -> its words, their embeddings (W, d). Of a long query the end is cut off."""
     ids, _ = model.tokenize([query])
     real = model.real_tokens(ids)
-    Q = model.encode_query(ids.to(model.device), real.to(model.device))[0]  # (M, d)
+    Q = model.encode_query(ids.to(model.device))[0]  # (M, d)
     special = count_tokens(model, "")  # start and end; SigLIP has only an end
     Q = Q[special - 1:int(real.sum()) - 1]  # (T, d), the tokens of the words
 

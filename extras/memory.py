@@ -91,7 +91,7 @@ def activation_bytes(model, num_frames):
         model.temporal, model, lambda count: [torch.zeros(count, num_frames, model.width)])
     per_caption, once_text = bytes_per_item(
         model.encode_query, model,
-        lambda count: [torch.ones(count, M, dtype=torch.int64), torch.ones(count, M)])
+        lambda count: [torch.ones(count, M, dtype=torch.int64)])
     once = once_image + once_temporal + once_text
     return num_frames * per_frame + per_video, per_caption, once
 

@@ -279,7 +279,7 @@ def cost_table(s, device, gallery=1000, videos=8, repeat=19):
     V = normalize(torch.randn(gallery, N + s.visual_expansion, d, device=device), dim=-1)
 
     def answer(*levels):
-        Q = model.encode_query(ids, mask)
+        Q = model.encode_query(ids)
         return sum(mean_max_sim(Q, level, mask) for level in levels).topk(10)
 
     # The calls take turns, so that a busy machine is busy for all of them.

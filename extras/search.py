@@ -55,13 +55,14 @@ def find_hits(index, model, queries, k=10):
         raise InputError("the query is empty")
 
     ids, mask = model.tokenize(queries)
-    Q = model.encode_query(ids.to(model.device), mask.to(model.device))
+    Q = model.encode_query(ids.to(model.device))
     Q, mask = Q.to(index.vectors.device), mask.to(index.vectors.device)
     F, V = index.scores(Q, mask)  # (A, B)
-    return [best_hits(index, Q[a], F[a], V[a], k) for a in range(len(Q))]
+    return [best_hits(index, Q[a][mask[a]], F[a], V[a], k) for a in range(len(Q))]
 
 def best_hits(index, Q, F, V, k):
-    """The k best hits of one query, Q (M, d), by its scores F, V (B,).
+    """The k best hits of one query by its scores F, V (B,). Q (M, d) are its tokens that
+    count.
 
     Segments of a video that overlap are one hit: the best of them, joined by those that
     score nearly as high (see MERGE)."""
@@ -98,7 +99,7 @@ def best_hits(index, Q, F, V, k):
 
 def best_frame(vectors, Q, N):
     """The frame nearest to the query's tokens on average, over both levels."""
-    near = vectors.float() @ Q.sum(dim=0)  # (N + N + E,); masked tokens are 0
+    near = vectors.float() @ Q.sum(dim=0)  # (N + N + E,)
     return (near[:N] + near[N:2 * N]).argmax().item()
 
 @torch.no_grad()
@@ -106,12 +107,12 @@ def hit_of_video(model, query, path, frames):
     """The hit that a video is to a query, as in an index of whole videos."""
     ids, mask = model.tokenize([query])
     mask = mask.to(model.device)
-    Q = model.encode_query(ids.to(model.device), mask)
+    Q = model.encode_query(ids.to(model.device))
     F, V = model.encode_video(frames[None].to(model.device))
     mms_f, mms_v = model.similarities(Q, mask, F, V)
 
     N = len(frames)
-    n = best_frame(torch.cat([F[0], V[0]]), Q[0], N)
+    n = best_frame(torch.cat([F[0], V[0]]), Q[mask], N)
     length = video_seconds(frame_times(path)) / N
     return dict(path=path, score=mms_fv(mms_f, mms_v).item(), F=mms_f.item(), V=mms_v.item(),
                 start=n * length, end=(n + 1) * length, frame=n)

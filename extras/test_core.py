@@ -564,7 +564,7 @@ def test_mean_pooling_of_siglip_is_equation_1(monkeypatch):
     assert model.is_siglip and model.num_tokens == 64
     ids, mask = torch.randint(2, 32000, (2, 64)), torch.arange(64).expand(2, -1) == 63
     with torch.no_grad():
-        Q, q = model.encode_query(ids, mask), model.backbone.encode_text(ids, normalize=True)
+        Q, q = model.encode_query(ids), model.backbone.encode_text(ids, normalize=True)
         frames = torch.randint(0, 256, (1, 2, 3, 32, 32), dtype=torch.uint8)
         F, V = model.encode_video(frames)
         got = model.similarities(Q, mask, F, V)
@@ -591,14 +591,14 @@ def fake_batch(model):
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer")
 def test_a_fake_gpu_notices_a_forgotten_to(fake_gpu):
     with pytest.raises(RuntimeError, match="devices"):
-        fake_gpu.encode_query(*fake_gpu.tokenize(["a dog"]))
+        fake_gpu.encode_query(fake_gpu.tokenize(["a dog"])[0])
     with pytest.raises(RuntimeError, match="devices"):
         fake_gpu.encode_video(torch.zeros(2, 3, 3, 32, 32, dtype=torch.uint8))
 
 def test_encoders_similarities_and_losses_stay_on_the_gpu(fake_gpu):
     ids, mask, frames = fake_batch(fake_gpu)
     assert fake_gpu.real_tokens(ids).device.type == "cuda"
-    Q = fake_gpu.encode_query(ids, mask)
+    Q = fake_gpu.encode_query(ids)
     F, V = fake_gpu.encode_video(frames)
     assert {x.device.type for x in (Q, F, V)} == {"cuda"}
     assert video_colbert.mean_max_sim(Q, F).device.type == "cuda"

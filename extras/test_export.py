@@ -37,7 +37,7 @@ def engine_queries(tmp_path, monkeypatch, clips, tiny):
     for query, hits in zip(QUERIES, find_hits(index, tiny, QUERIES, 10)):
         ids, mask = tiny.tokenize([query])
         with torch.no_grad():
-            Q = tiny.encode_query(ids, mask)[mask]                # (M, d)
+            Q = tiny.encode_query(ids)[mask]                # (M, d)
         cases.append((as_multivector(Q, Q).tolist(), len(Q), hits))
     return index, cases
 
@@ -81,7 +81,7 @@ def index_of_a_run(folder, run):
     ids, mask = model.tokenize([clip.captions[0] for clip in clips[:50]])
     assert mask.all()
     with torch.no_grad():
-        return index, model.encode_query(ids, mask)
+        return index, model.encode_query(ids)
 
 def test_the_vector_index_of_lancedb_finds_the_exact_ten(tmp_path):
     """Nearly, of 1,000 synthetic videos or VIDEOS of them, or of all videos of RUN's clips."""

@@ -21,7 +21,8 @@ def test_interactions_are_each_words_similarity_to_each_frame():
     frames = pixels(6)
     words, before, after = interactions(model, "a doggedly  small dog", frames)
     with torch.no_grad():
-        Q = model.encode_query(*model.tokenize(["a doggedly small dog"]))[0]
+        ids, _ = model.tokenize(["a doggedly small dog"])
+        Q = model.encode_query(ids)[0]
         F, V = plain.encode_video(frames[None])
         _, with_expansion = model.encode_video(frames[None])
     assert words == ["a", "doggedly", "small", "dog"]

@@ -259,9 +259,9 @@ def test_a_max_grad_norm_of_0_is_no_clipping(data):
 def test_evaluation_encodes_few_captions_at_a_time(data, monkeypatch):
     """However many a clip has."""
     sizes, encode_query = [], VideoColBERT.encode_query
-    def noted(model, ids, mask):
+    def noted(model, ids):
         sizes.append(len(ids))
-        return encode_query(model, ids, mask)
+        return encode_query(model, ids)
     monkeypatch.setattr(VideoColBERT, "encode_query", noted)
     lines = [json.loads(line) for line in open("clips.jsonl")]
     lines[3]["captions"] = [f"caption {i}" for i in range(300)]

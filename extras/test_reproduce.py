@@ -44,7 +44,7 @@ def ranks_by_hand(folder, file):
                for path in videos]
     for true, line in enumerate(lines):
         ids, mask = model.tokenize(line["captions"])
-        Q = model.encode_query(ids, mask)[0][mask[0]]
+        Q = model.encode_query(ids)[0][mask[0]]
         for level in (0, 1):
             scores[level] = np.array([(Q @ pair[level][0].T).amax(1).mean() for pair in encoded])
         named = {"F": scores[0], "V": scores[1], "FV": scores[0] + scores[1]}
@@ -327,7 +327,7 @@ def test_figure_4_for_a_query_of_ones_own_shows_the_video_that_fits_best(data, m
     ids, mask = model.tokenize(["a small dog"])
     scores = []
     with torch.no_grad():
-        Q = model.encode_query(ids, mask)
+        Q = model.encode_query(ids)
         for i in (3, 5):
             F, V = model.encode_video(sample_frames(f"{i}/clip.mp4", 3, 48)[None])
             scores.append(sum(model.similarities(Q, mask, F, V)).item())
