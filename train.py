@@ -348,7 +348,7 @@ def fill_cache(clips, split, s, size):
     missing = len(clips) - len(readable)
     if missing and not s.allow_missing:
         raise InputError(f"{missing} of {len(clips)} {split} clips cannot be read; "
-                         "--allow-missing leaves such clips out")
+                         "--allow-missing leaves such clips out of a new run")
     if clips and not readable:
         raise InputError(f"none of the {missing} {split} clips can be read")
     return readable
@@ -730,7 +730,8 @@ def restore(out, state, data_id, s):
     if content is None:
         return 0, 0
     if content["data"] != data_id:
-        raise InputError(f"{out} was started with other clips or captions")
+        raise InputError(f"{out} was started with other clips or captions, "
+                         "or a video is gone or has changed")
     # settings.json may have been edited. Checkpoints of older versions have no settings.
     refuse_changes(s, json.loads(content.get("settings", "{}")), out)
     for name, part in state.items():
@@ -842,7 +843,7 @@ def run(s, device):
     result = read_result(out)
     if result:  # the run to resume is finished
         if result["data"] != data_id:
-            raise InputError(f"{out} was run on other clips or captions")
+            raise InputError(f"{out} was run on other clips or captions, or a video has changed")
         if RANK == 0:
             remove_checkpoints(out)  # it may have been killed before it did so
         return out
@@ -989,9 +990,10 @@ def locked(folder):
     try:
         lock.acquire()
     except filelock.Timeout:
-        raise InputError(f"another process is at work on {folder}; try later") from None
+        raise InputError(f"another process is at work on {folder}, and has locked "
+                         f"{lock.lock_file}; try later") from None
     except OSError as error:
-        raise InputError(f"{folder}: {error.strerror}") from None
+        raise InputError(f"cannot lock {lock.lock_file}: {error.strerror}") from None
     try:
         yield
     finally:

@@ -47,6 +47,13 @@ def embed_words(model, query):
         first += length
     return words, torch.stack(vectors) if vectors else Q[:0]
 
+def load_font(size):
+    """DejaVu Sans, which knows many alphabets, or if that is missing, Pillow's font."""
+    try:
+        return ImageFont.truetype("DejaVuSans.ttf", size)
+    except OSError:
+        return ImageFont.load_default(size)
+
 def count_tokens(model, text):
     """The number of a text's tokens, with start and end, without pads."""
     ids, _ = model.tokenize([text])
@@ -83,9 +90,9 @@ def draw_row(title, words, frames, before, after, width, side):
     top = 34 + 21 * title.count("\n") + label_height  # of the frames
     image = Image.new("RGB", (width, top + side + label_height), "white")
     draw = ImageDraw.Draw(image)
-    draw.text((8, 8), title, "black", ImageFont.load_default(17))
+    draw.text((8, 8), title, "black", load_font(17))
 
-    font = ImageFont.load_default(12)
+    font = load_font(12)
     for column, n in enumerate(shown):
         x = 8 + column * side
         picture = Image.fromarray(frames[n].permute(1, 2, 0).cpu().numpy())
@@ -108,7 +115,7 @@ def frame_labels(words, sim):
 def draw_bars(title, bars):
     """bars of (name, value, number of queries) -> PIL image. Below the line is better."""
     image = Image.new("RGB", (80 + 120 * len(bars), 400), "white")
-    draw, font, zero = ImageDraw.Draw(image), ImageFont.load_default(14), 190
+    draw, font, zero = ImageDraw.Draw(image), load_font(14), 190
     middle = image.width // 2
 
     def write(x, y, text):
@@ -160,8 +167,8 @@ def draw_hits(query, hits, num_frames, segment=0, side=96):
     height = side + 34  # of a hit
     image = Image.new("RGB", (max(500, columns * side + 16), 40 + len(hits) * height), "white")
     draw = ImageDraw.Draw(image)
-    font = ImageFont.load_default(14)
-    draw.text((8, 8), printable(query), "black", ImageFont.load_default(18))
+    font = load_font(14)
+    draw.text((8, 8), printable(query), "black", load_font(18))
 
     for rank, hit in enumerate(hits):
         top = 40 + rank * height

@@ -1,4 +1,5 @@
-"""The paper's tables: the flags of each row, and the numbers that it reports."""
+"""The paper's tables: the flags of each row, the numbers that it reports, and cells of them."""
+import statistics
 
 METRICS = ("R@1", "R@5", "R@10", "nDCG@10")
 MAIN = (48.1, 74.9, 83.9, .652)
@@ -74,3 +75,16 @@ BACKBONES = {
 # Table 11: indexing and query on an RTX A5000, ms
 COST = {"MMS_F": "8.90 / 11.1 / 44.3", "MMS_V": "9.64 / 11.1 / 47.0",
         "MMS_FV": "9.64 / 11.2 / 48.1"}
+
+def show(metric, values):
+    """The mean of a metric and, if there are several values, their standard deviation."""
+    digits = 3 if metric == "nDCG@10" else 1
+    text = f"{statistics.mean(values):.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):.{digits}f}"
+    return text
+
+def quote(numbers):
+    """The paper's numbers as one cell."""
+    cells = ["–" if x is None else show(name, [x]) for name, x in zip(METRICS, numbers)]
+    return " / ".join(cells)

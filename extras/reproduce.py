@@ -10,6 +10,7 @@ with the same settings and the same clips is reused, or resumed if it is not fin
 result is printed and kept in runs/, beside earlier ones.
 """
 import argparse
+import contextlib
 import io
 import itertools
 import statistics
@@ -26,7 +27,7 @@ import train
 from extras import shapes
 from extras.figures import draw_bars, draw_interactions, interactions, keep
 from extras.bench import median_seconds
-from extras.paper import BACKBONES, COST, METRICS, SIGLIP, TABLES
+from extras.paper import BACKBONES, COST, METRICS, SIGLIP, TABLES, quote, show
 from train import (
     MAY_CHANGE, WORLD, parse_settings, pick_device, read_result, read_settings, run_main)
 from video_colbert import (
@@ -37,19 +38,6 @@ from video_colbert import (
 def markdown(header, rows):
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-def show(metric, values):
-    """The mean of a metric and, if there are several values, their standard deviation."""
-    digits = 3 if metric == "nDCG@10" else 1
-    text = f"{statistics.mean(values):.{digits}f}"
-    if len(values) > 1:
-        text += f" ± {statistics.stdev(values):.{digits}f}"
-    return text
-
-def quote(numbers):
-    """The paper's numbers as one cell."""
-    cells = ["–" if x is None else show(name, [x]) for name, x in zip(METRICS, numbers)]
-    return " / ".join(cells)
 
 # ---- Runs
 @cache
@@ -94,13 +82,15 @@ def find_run(s):
             unfinished = unfinished or folder
     return unfinished
 
-def free_folder(s):
-    """runs/NAME or, if that exists, runs/NAME-2 and so on."""
+def new_folder(s):
+    """Make runs/NAME or, if that exists, runs/NAME-2 and so on."""
     folder = Path("runs", Path(s.data).stem)
     for number in itertools.count(2):
-        if not folder.exists():
+        try:
+            folder.mkdir(parents=True)
             return folder
-        folder = Path("runs", f"{Path(s.data).stem}-{number}")
+        except FileExistsError:
+            folder = Path("runs", f"{Path(s.data).stem}-{number}")
 
 def runs_of(argv, flags, seeds, device):
     """The folders of the finished runs that the flags and seeds ask for: found, resumed or
@@ -111,10 +101,17 @@ def runs_of(argv, flags, seeds, device):
         s = replace(s, seed=s.seed + k)
         found = find_run(s)
         if found:
+            warn_once(f"reused, or resumed if it is not finished: {found}")
             s = replace(s, resume=str(found))
-        else:
-            s = replace(s, out=str(free_folder(s)))
-        folders.append(train.run(s, device))
+            folders.append(train.run(s, device))
+            continue
+        folder = new_folder(s)
+        try:
+            folders.append(train.run(replace(s, out=str(folder)), device))
+        finally:
+            # If the run has failed before it began.
+            with contextlib.suppress(OSError):
+                folder.rmdir()
     return folders
 
 class Query(NamedTuple):
@@ -136,6 +133,11 @@ def query_ranks(folder, s, device):
             "RRF": reciprocal_rank_fusion(mms_f, mms_v)}
     rank = {level: ranks(sim).gather(1, target[:, None]) for level, sim in sims.items()}
 
+    then = result(read_result(folder), "text to video", "FV")["R@1"]
+    now = 100 * (rank["FV"] == 1).double().mean().item()
+    if abs(then - now) > 1:
+        warn_once(f"{folder}: R@1 was {then:.1f} when it was trained, and is {now:.1f} with "
+                  "today's code and data; move the run out of runs/ to train again")
     special = int(model.real_tokens(model.tokenize([""])[0]).sum())
     texts = [caption for clip in clips for caption in clip.captions]
     tokens = model.real_tokens(model.tokenize(texts)[0]).sum(dim=1) - special

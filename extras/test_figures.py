@@ -1,8 +1,10 @@
 """The figures show what the model computes, where it belongs."""
 import numpy as np
+import pytest
 import torch
+from PIL import ImageFont
 
-from extras.figures import draw_bars, draw_interactions, interactions
+from extras.figures import draw_bars, draw_interactions, interactions, load_font
 from video_colbert import Config, VideoColBERT
 
 def pixels(*shape):
@@ -72,6 +74,22 @@ def test_figure_4_wraps_its_title_and_shows_at_most_12_frames_those_that_words_p
         row = np.asarray(image)[-60 - 25]  # through the strip of frames
         whites = (row[8:].min(1) > 250).reshape(-1, 96)[:, 10:80].all(1)
         assert whites.sum() == 2
+
+def test_words_of_other_alphabets_have_letters_if_the_system_has_dejavu(monkeypatch):
+    """Without that font there are boxes, but no error."""
+    try:
+        ImageFont.truetype("DejaVuSans.ttf", 12)
+    except OSError:
+        pytest.skip("no DejaVu Sans")
+    masks = [bytes(load_font(12).getmask(letter)) for letter in "жщéλ"]
+    assert len(set(masks)) == 4
+    truetype = ImageFont.truetype
+    def not_installed(font, *args, **kwargs):
+        if font == "DejaVuSans.ttf":
+            raise OSError
+        return truetype(font, *args, **kwargs)
+    monkeypatch.setattr(ImageFont, "truetype", not_installed)
+    assert bytes(load_font(12).getmask("ж")) == bytes(load_font(12).getmask("щ"))
 
 def test_rows_of_figure_4_are_below_one_another():
     frames, sims = torch.zeros(4, 3, 64, 64, dtype=torch.uint8), torch.eye(4)[:1]

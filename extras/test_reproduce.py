@@ -236,6 +236,45 @@ def test_a_run_that_lacks_test_clips_is_reused_only_if_that_is_allowed(data, cap
     main([*FLAGS, "--seeds", "1"])
     assert runs_below() == ["clips", "clips-2"]
 
+def test_a_run_that_is_reused_is_named_and_one_of_other_code_too(data, monkeypatch, capsys):
+    """As after an edit of the scores: its record is that of the code before."""
+    monkeypatch.setattr(reproduce.shapes, "kind", lambda text: "motion")
+    flags = [*FLAGS, "--figure", "4"]
+    main(flags)
+    assert "reused" not in capsys.readouterr().err
+    main(flags)
+    error = capsys.readouterr().err
+    assert "reused, or resumed if it is not finished: runs/clips" in error
+    assert "with today's code" not in error
+    best = train.read_result("runs/clips")["evaluation"][2]["R@1"]
+    edited = train.evaluate
+    def other_scores(*args):
+        mms_f, mms_v, target = edited(*args)
+        scores = torch.zeros_like(mms_f)
+        if best == 0:
+            scores[range(len(target)), target] = 1.0
+        return scores, scores, target
+    monkeypatch.setattr(train, "evaluate", other_scores)
+    main(flags)
+    now = 100.0 if best == 0 else 0.0
+    assert (f"runs/clips: R@1 was {best:.1f} when it was trained, and is {now:.1f} with "
+            "today's code") in capsys.readouterr().err
+
+def test_runs_that_begin_at_once_have_folders_of_their_own(data, monkeypatch):
+    """The second begins while the first decodes. A run that fails early leaves no folder."""
+    fill_cache = train.fill_cache
+    def another_begins(*args):
+        monkeypatch.setattr(train, "fill_cache", fill_cache)
+        main([*FLAGS, "--seeds", "1", "--seed", "7"])
+        return fill_cache(*args)
+    monkeypatch.setattr(train, "fill_cache", another_begins)
+    main([*FLAGS, "--seeds", "1"])
+    assert runs_below() == ["clips", "clips-2"]
+    assert train.read_settings("runs/clips-2").seed == 7
+    with pytest.raises(InputError, match="--batch-size 500 is more than"):
+        main([*FLAGS, "--seeds", "1", "--batch-size", "500"])
+    assert runs_below() == ["clips", "clips-2"]
+
 def test_a_finished_run_is_preferred_to_an_unfinished_one(data, monkeypatch):
     main([*FLAGS, "--seeds", "1"])
     for name in ("a", "z"):

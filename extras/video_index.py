@@ -273,20 +273,25 @@ class VideoIndex:
                 raise InputError(f"cannot change --{name} of {self.folder}: "
                                  f"{self.meta[name]}")
 
-        keep = []
+        is_other_root = self.meta["root"] != meta["root"]
+        keep, videos = set(), []
         for i, video in enumerate(self.videos):
-            is_same = found.get(video.path) == video._replace(seconds=0.0)
+            now = found.get(video.path)
+            if now and is_other_root and now.size == video.size:
+                # A folder that was copied may have new times.
+                video = video._replace(mtime_ns=now.mtime_ns)
+            is_same = now == video._replace(seconds=0.0)
             path = Path(meta["root"], video.path)
             was_skipped = any(str(place) in skipped for place in (path, *path.parents))
             if is_same or was_skipped:
-                keep.append(i)
-        is_other_root = self.meta["root"] != meta["root"]
+                keep.add(i)
+                videos.append(video)
         are_gone = not any(video.path in found for video in self.videos)
         if self.videos and not keep and (is_other_root or are_gone):
             raise InputError(f"{self.folder} has {len(self.videos)} videos of "
-                             f"{self.meta['root']}, and {meta['root']} has none of them. "
-                             "Is a drive not mounted? To drop them all, remove the index "
-                             "first")
+                             f"{self.meta['root']}, and {meta['root']} has none of them, or "
+                             "all have changed. Is a drive not mounted? To drop them all, "
+                             "remove the index first")
 
         gone = [video.path for i, video in enumerate(self.videos)
                 if i not in keep and video.path not in found]
@@ -294,12 +299,12 @@ class VideoIndex:
             print(f"{len(gone)} videos are no longer there and leave the index, the first is "
                   f"{gone[0]!r}", file=sys.stderr)
         meta["model"] = meta["model"] or self.meta["model"]
-        meta["videos"] = [self.videos[i] for i in keep]
+        meta["videos"] = videos
         if len(keep) == len(self.videos):
             meta["vectors"] = self.meta["vectors"]
             return
         with open(self.folder / meta["vectors"], "wb") as file:
-            for i in keep:
+            for i in sorted(keep):
                 rows = self.vectors[self.first_row[i]:self.first_row[i + 1]]
                 file.write(rows.numpy().tobytes())
 
