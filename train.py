@@ -75,8 +75,8 @@ class Settings(Config):
     eval_only: str = ""  # evaluate the model of this run, on --data if it is given
     allow_missing: bool = False  # leave out clips that cannot be read
 
-# What --resume and --eval-only may change. Data may move: when a run is resumed, their
-# data_hash must be the same.
+# What --resume and --eval-only may change. A resumed run may find its data in another
+# place, but data_hash must agree.
 MAY_CHANGE = {"data", "root", "out", "cache", "device", "micro_batch", "workers",
               "checkpoint_every", "eval_every", "resume", "eval_only", "allow_missing"}
 
@@ -88,13 +88,13 @@ def default_settings(data="", backbone="", loss=""):
                     batch_size=64, captions_per_video=2)
     if backbone:
         s = replace(s, backbone=backbone)
-    if s.loss == "infonce":
-        # CLIP's own scale, learned (section 4.3).
-        s = replace(s, learn_scale=True, logit_scale=4.6052)
     if s.backbone == "tiny":
         # Trained from scratch: the loss finds its scale and bias from here.
         s = replace(s, lr_pretrained=1e-3, lr=2e-3, freeze=False, learn_scale=True,
                     logit_scale=3.0, logit_bias=-10.0)
+    elif s.loss == "infonce":
+        # CLIP's own scale, learned (section 4.3).
+        s = replace(s, learn_scale=True, logit_scale=4.6052)
     return s
 
 def parse_settings(argv):
@@ -129,12 +129,10 @@ def parse_settings(argv):
 
 def refuse_changes(s, saved, folder):
     """Raise InputError if `s` differs from `saved`, a dictionary of a run's settings."""
-    # `saved` was read from JSON, where a tuple becomes a list: do the same here.
-    settings = json.loads(json.dumps(asdict(s)))
     for name in saved.keys() - MAY_CHANGE:
         if name == "precision" and s.eval_only:
             continue  # an evaluation may use another
-        if settings.get(name) != saved[name]:
+        if getattr(s, name, None) != saved[name]:
             raise InputError(f"cannot change {name} of {folder}: {saved[name]}")
 
 def check_settings(s):
@@ -147,7 +145,7 @@ def check_settings(s):
         logit_scale=-100, logit_bias=-1e6)
     for name, lowest in at_least.items():
         value = getattr(s, name)
-        # Finite, no NaN, and a seed that torch takes.
+        # False for NaN and infinity, too; torch takes no larger seed.
         if not lowest <= value < 2 ** 63:
             raise InputError(f"--{name.replace('_', '-')} cannot be {value}")
     if s.warmup > 1:
@@ -300,7 +298,7 @@ def file_id(path):
 
 def data_hash(data):
     """A hash of captions, clips and video files, by which a run recognizes its data. Of
-    paths only the file names count, so that data may move."""
+    a path only the file name counts, so that data may move."""
     clips = [(split, os.path.basename(clip.path), file_id(clip.path), clip.captions,
               clip.start, clip.end)
              for split in data for clip in data[split]]
@@ -339,7 +337,7 @@ def fill_cache(clips, split, s, size):
     """Decode what the cache lacks -> the clips of a split that can be read."""
     mine = rank_slice(clips)
     check = partial(is_readable, s=s, size=size)
-    threads = max(s.workers, torch.get_num_threads())  # all cores: nothing trains yet
+    threads = max(s.workers, torch.get_num_threads())  # more, because nothing trains yet
     results = prefetch(check, mine, threads)
     bar = tqdm(results, desc=split, total=len(mine), disable=RANK > 0)
     found = gather_lists(list(bar))
@@ -447,8 +445,8 @@ def schedule(step, steps, warmup):
 
 # ---- Several processes (torchrun)
 # Each encodes its share of a batch, gathers all embeddings, and computes the whole loss.
-# Its gradient is only that through its own share, so the whole gradient is the sum over
-# the processes, while DDP would average.
+# Gradients flow back only through its own embeddings, so those of all processes are added
+# up. (DDP would average.)
 def rank_slice(items):
     """The part of a list that this process works on."""
     return items[len(items) * RANK // WORLD:len(items) * (RANK + 1) // WORLD]
@@ -468,7 +466,7 @@ def any_process(flag):
     return flag.item() > 0
 
 def gather_rows(x):
-    """All processes' rows in order of rank. Gradients flow to this one's own rows."""
+    """All processes' rows in order of rank. Gradients flow only to this process's own rows."""
     if WORLD == 1:
         return x
     parts = [torch.empty_like(x) for _ in range(WORLD)]
@@ -491,8 +489,8 @@ def sum_gradients(model):
 
 # ---- Training step
 def training_step(model, optimizer, scaler, s, ids, mask, frames, positives):
-    """One step -> (5,): loss, mean MMS_F and MMS_V of the true pairs, gradient norm, scale
-    of fp16. `positives` (A, B) covers the whole batch, all else this process's part."""
+    """One step -> (5,): loss, mean MMS_F and MMS_V of the true pairs, gradient norm, loss
+    scale. `positives` (A, B) covers the whole batch, all else this process's part."""
     model.train()
     backward = backward_at_once
     if 0 < s.micro_batch < len(frames):
@@ -504,9 +502,8 @@ def training_step(model, optimizer, scaler, s, ids, mask, frames, positives):
     scaler.unscale_(optimizer)
     max_norm = s.max_grad_norm or math.inf
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    # The scale of fp16, otherwise 1: write_log recognizes an overflow by it. get_scale()
-    # would wait for the GPU.
-    fp16_scale = scaler.scale(torch.ones_like(norm))
+    # The loss scale, 1 unless in fp16, without waiting for the GPU as get_scale() would.
+    loss_scale = scaler.scale(torch.ones_like(norm))
     scaler.step(optimizer)  # skipped in fp16 if a gradient overflows
     scaler.update()
     optimizer.zero_grad()
@@ -516,7 +513,7 @@ def training_step(model, optimizer, scaler, s, ids, mask, frames, positives):
     # Means over the true pairs. Indexing by `positives` would wait for the GPU.
     weight = positives / positives.sum()
     true_f, true_v = (mms_f * weight).sum(), (mms_v * weight).sum()
-    return torch.stack([loss, true_f, true_v, norm, fp16_scale]).detach()
+    return torch.stack([loss, true_f, true_v, norm, loss_scale]).detach()
 
 def backward_at_once(model, scaler, s, ids, mask, frames, positives):
     """Gradients of a batch that fits into memory -> loss, MMS_F, MMS_V."""
@@ -578,7 +575,7 @@ def autocast(device, precision="auto"):
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 def make_scaler(device, precision):
-    """Scales the loss up in fp16, which loses small gradients; else does nothing."""
+    """Scales the loss up in fp16, where small gradients would vanish; else does nothing."""
     is_fp16 = pick_dtype(device, precision) == torch.float16
     return torch.amp.GradScaler(device.type, growth_interval=200, enabled=is_fp16)
 
@@ -609,9 +606,9 @@ def train(model, data, s, device, out, data_id):
     with log, bar:
         for step, inputs in enumerate(prefetch(load, todo, s.workers), first):
             epoch, place = divmod(step, steps_per_epoch)
-            # An epoch is evaluated after its checkpoint is saved, in the first step of
-            # the next one: a run that is killed while evaluating resumes here, and
-            # evaluates again. Other processes wait in their next step.
+            # The last epoch is evaluated only now that its checkpoint is saved: a run that
+            # is killed meanwhile resumes at this step, and evaluates again. Other
+            # processes wait for this one in training_step.
             if place == 0 and epoch > 0 and RANK == 0:
                 log_evaluations(log, epoch - 1, model, data, s, device)
 
@@ -658,13 +655,13 @@ def log_evaluations(log, epoch, model, data, s, device):
 def write_log(log, bar, unread):
     """Log the steps since the last call. Raises FloatingPointError if one has failed."""
     for line, numbers in unread:
-        loss, true_f, true_v, norm, fp16_scale = numbers.tolist()
+        loss, true_f, true_v, norm, loss_scale = numbers.tolist()
         line.update(loss=loss, MMS_F=true_f, MMS_V=true_v, grad_norm=norm)
-        # fp16 skips a step whose gradients overflow and halves its scale, which is
-        # normal while the scale is above 1. Any other infinity or NaN is a failure.
-        overflowed = fp16_scale > 1 and not math.isfinite(norm)
+        # fp16 skips a step whose gradients overflow and halves its loss scale, which is
+        # normal while that is above 1. Any other infinity or NaN is a failure.
+        overflowed = loss_scale > 1 and not math.isfinite(norm)
         if overflowed:
-            line.update(grad_norm=None, loss_scale=fp16_scale)
+            line.update(grad_norm=None, loss_scale=loss_scale)
         elif not math.isfinite(loss + norm):
             step = line["step"]
             raise FloatingPointError(f"loss {loss}, gradient norm {norm} in step {step}")
@@ -678,7 +675,7 @@ def open_log(out, end=None):
     with user_errors(path, OSError):
         content = path.read_bytes()[:end] if path.exists() else b""
         log = open(path, "a")
-        log.truncate(content.rfind(b"\n") + 1)
+        log.truncate(content.rfind(b"\n") + 1)  # 0 if no line is complete
     return log
 
 def write_line(log, record):
@@ -703,10 +700,8 @@ def save_checkpoint(out, step, log_end, state, data_id, s):
     torch.save(content, buffer)
     with atomic_write(path) as file:
         file.write(buffer.getbuffer())
-    # Keep one older checkpoint. Later ones can only be damaged ones from before a
-    # resume, and are left alone.
     older = [other for other in checkpoint_paths(out) if other < path]
-    for other in older[:-1]:
+    for other in older[:-1]:  # keep one, in case this one is damaged
         other.unlink()
 
 def load_checkpoint(out):
@@ -829,7 +824,7 @@ def results_table(result):
 # ---- A run
 def run(s, device):
     """Train and evaluate as the settings say -> the folder of the run."""
-    # Missing or malformed data are found before any weights are fetched.
+    # Read the data first: a mistake there should not cost a download of weights.
     out = run_folder(s)
     if not s.resume:
         check_is_new(out)
@@ -848,12 +843,12 @@ def run(s, device):
             remove_checkpoints(out)  # it may have been killed before it did so
         return out
     if trains and (out / "model.safetensors").exists() and not checkpoint_paths(out):
-        # Only a finished run has a model and no checkpoints (see below).
+        # Checkpoints are removed only after the result is logged: the log has lost it.
         raise InputError(f"{out} holds a model, but its log is damaged: start a new run")
 
     torch.manual_seed(s.seed)
     model = make_model(s, out)
-    # To notice, at the end, videos that were replaced during the run.
+    # A run can take days, in which a video may be replaced. It is noticed at the end.
     old_ids = {clip.path: file_id(clip.path) for split in splits for clip in data[split]}
     readable = {split: fill_cache(data[split], split, s, model.image_size)
                 for split in splits}
@@ -931,8 +926,8 @@ def train_and_evaluate(model, data, s, device, out, data_id):
     try:
         model.to(device)
         if s.compile:
-            # module.compile() keeps the names of parameters. Of the text encoder,
-            # encode_query calls only the transformer.
+            # module.compile() keeps the names of parameters. encode_query calls
+            # text.transformer, not text.
             visual, text = model.backbone.visual, model.backbone.text
             for module in (visual, text.transformer, model.temporal):
                 module.compile()
@@ -941,8 +936,7 @@ def train_and_evaluate(model, data, s, device, out, data_id):
         if RANK == 0:
             return evaluate(model, data["test"], s, device)
     except torch.OutOfMemoryError:
-        # At most 16, or else evaluation, which takes at most 32 at a time, would not
-        # shrink.
+        # At most half of 32, which is what evaluation takes at a time.
         videos = s.micro_batch or s.batch_size // WORLD
         fewer = max(1, min(videos, 32) // 2)
         raise InputError(f"out of memory on {device}: use --resume {out} "
@@ -1005,7 +999,7 @@ def device_name(device):
     return device.type
 
 def pick_device(name):
-    """auto is a GPU if there is one. With several processes, each takes its own."""
+    """auto picks a GPU if there is one. Each process takes its own."""
     if name == "auto":
         name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:
@@ -1034,16 +1028,16 @@ def main(argv=None):
 def handle_signals(handler):
     signal.signal(signal.SIGINT, handler)
     signal.signal(signal.SIGTERM, handler)
-    # SIGHUP comes when the terminal closes. Windows has none, and nohup ignores it.
+    # SIGHUP comes when the terminal closes. Windows has none; under nohup it is ignored.
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         signal.signal(signal.SIGHUP, handler)
 
-def run_main(main, name):
+def run_main(program, name):
     """Bad input is one line and exit code 2. A stop exits with code 130. A bug shows its
     traceback."""
     handle_signals(signal.default_int_handler)
     try:
-        main()
+        program()
         sys.stdout.flush()
     except BrokenPipeError:
         os._exit(0)  # whoever read the output has left, such as `head`

@@ -102,11 +102,11 @@ def sigmoid_loss(sim, positives=None, logit_scale=4.77, logit_bias=-12.93):
     """Equation 6 on similarities (A, B) -> a sum over videos, averaged over queries.
 
     The paper's formula, 1 / (1 + exp(z (-t x + b))), equals sigmoid(z (t x - b)). SigLIP's
-    code has + b, and so do we, because b = -12.93 was learned there."""
+    code has + b, and so does this one, because b = -12.93 was learned there."""
     if positives is None:
         positives = diagonal(sim)
     z = torch.where(positives, 1.0, -1.0)  # (A, B)
-    # as_tensor takes a number, or keeps the gradient of a parameter.
+    # logit_scale may be a number or a parameter.
     t = torch.as_tensor(logit_scale, dtype=sim.dtype).exp()  # exp(4.77) = 118
     loss = -logsigmoid(z * (t * sim + logit_bias))  # (A, B)
     return loss.sum() / len(sim)  # over A queries, not all pairs
@@ -120,6 +120,7 @@ def info_nce_loss(sim, positives=None, logit_scale=4.6052, logit_bias=0.0):
     t = torch.as_tensor(logit_scale, dtype=sim.dtype).exp()  # exp(4.6052) = 100
     logits = t * sim  # (A, B)
     target = positives.to(sim.dtype)  # (A, B)
+    # With p=1, normalize divides by the sum of a row.
     text_to_video = cross_entropy(logits, normalize(target, p=1, dim=1))
     video_to_text = cross_entropy(logits.T, normalize(target.T, p=1, dim=1))
     return (text_to_video + video_to_text) / 2
@@ -160,27 +161,27 @@ def load_backbone(name, pretrained):
     if pretrained == "auto":
         pretrained = default_tag
     is_tag = pretrained in tags  # else a file, or none
-    # The pixel mean and std come with a tag.
-    tag = open_clip.get_pretrained_cfg(name, pretrained if is_tag else default_tag)
-    mean = tag.get("mean", open_clip.OPENAI_DATASET_MEAN)
-    std = tag.get("std", open_clip.OPENAI_DATASET_STD)
+    # A file does not tell its mean and std of pixels: assume those of the default tag.
+    info = open_clip.get_pretrained_cfg(name, pretrained if is_tag else default_tag)
+    mean = info.get("mean", open_clip.OPENAI_DATASET_MEAN)
+    std = info.get("std", open_clip.OPENAI_DATASET_STD)
     if pretrained in (None, "none"):
         return model, mean, std
 
     # A file does not tell whether it needs QuickGELU; a tag does.
-    if is_tag and tag.get("quick_gelu", False) != config.get("quick_gelu", False):
+    if is_tag and info.get("quick_gelu", False) != config.get("quick_gelu", False):
         raise InputError(f"weights {pretrained!r} and backbone {name!r} differ in QuickGELU, "
                          "which costs accuracy: add or drop -quickgelu in the name")
 
     try:
-        file = open_clip.download_pretrained(tag) if is_tag else pretrained
+        file = open_clip.download_pretrained(info) if is_tag else pretrained
         load_weights(model, file)
     except Exception as error:
         # A damaged file raises errors of many other types, with unclear messages.
         is_clear = isinstance(error, (OSError, ValueError))
         reason = shorten(str(error), 150) if is_clear else "damaged, or no weights"
         raise InputError(
-            f"cannot load {pretrained!r} into {name}: {reason}. Give a file of OpenAI or "
+            f"cannot load {pretrained!r} into {name}: {reason}. Use a file from OpenAI or "
             f"open_clip, none, or a tag: {', '.join(tags)}") from None
     return model, mean, std
 
@@ -197,7 +198,7 @@ def backbone_config(name):
     is_known_tokenizer = tokenizer is None or "SigLIP" in tokenizer
     # The temporal layers are copied text layers, so the text's width must be d.
     has_same_width = text.get("width") == config["embed_dim"]
-    # encode_query needs a projection. It is a matrix if nothing is said.
+    # encode_query needs a projection. open_clip's default is a matrix.
     has_projection = text.get("proj_type") != "none"
     has_usual_text = is_known_tokenizer and has_same_width and has_projection
     if is_resnet or is_coca or not has_usual_text:
@@ -206,8 +207,8 @@ def backbone_config(name):
     config.pop("custom_text", None)  # CustomTextCLIP takes no such argument
     return config
 
-# Checkpoints may hold NumPy numbers, such as the epoch, and torch's safe loader must be
-# told to allow their types. A pair is (type, its name in the file), for files of NumPy 1.
+# open_clip's checkpoints may hold NumPy numbers, which torch.load refuses unless their types
+# are listed. NumPy 1 wrote `scalar` under the name in the pair.
 scalar = np._core.multiarray.scalar
 NUMPY_NUMBERS = [scalar, (scalar, "numpy.core.multiarray.scalar"),
                  np.dtype, np.dtypes.Int64DType, np.dtypes.Float64DType]
@@ -226,12 +227,12 @@ def load_weights(model, file):
     if "positional_embedding" in weights:  # named as in open_clip.CLIP
         weights = open_clip.model.convert_to_custom_text_state_dict(weights)
 
+    # Each weight of the model must be in the file, which may hold more.
     for name, tensor in model.state_dict().items():
         fits = name in weights and weights[name].shape == tensor.shape
         # The backbone's own logit_scale and logit_bias are not used.
         if not fits and not name.startswith("logit_"):
             raise ValueError(f"it has no {name} of shape {tuple(tensor.shape)}")
-    # Not strict, because the file may hold more.
     model.load_state_dict(weights, strict=False)
 
 # ---- Temporal transformer (sections 4.1, 4.2)
@@ -265,7 +266,8 @@ class TemporalTransformer(nn.Module):
         # open_clip's blocks take (B, N, d). Without a mask, all frames see each other.
         for block in self.blocks:
             x = block(x)
-        # A residual around all layers, as in CLIP4Clip (the paper is silent).
+        # A residual around all layers, without the positions, as in CLIP4Clip (the paper
+        # is silent).
         return x + torch.cat([f, expansion], dim=1)
 
 # ---- Model (Figure 2)
@@ -339,8 +341,7 @@ class VideoColBERT(nn.Module):
             end = self.tokenizer.tokenizer.eos_token_id
         else:
             end = self.tokenizer.eot_token_id
-        # The first end, because SigLIP also pads with end tokens. argmax finds the first
-        # maximum.
+        # SigLIP pads with end tokens, too, so take the first, as argmax does.
         first_end = (ids == end).int().argmax(dim=1, keepdim=True)  # (A, 1)
         return torch.arange(ids.shape[1], device=ids.device) <= first_end
 
@@ -359,7 +360,7 @@ class VideoColBERT(nn.Module):
             # CLIP pools the end token, the last real one; SigLIP pools the last of all.
             last = real.sum(dim=1) - 1  # (A,)
             if self.is_siglip:
-                last.fill_(self.num_tokens - 1)
+                last = torch.full_like(last, self.num_tokens - 1)
             mask = one_hot(last, self.num_tokens).bool()
         elif self.config.query_augmentation:
             mask = torch.ones_like(real)
@@ -403,7 +404,8 @@ class VideoColBERT(nn.Module):
 
     def similarities(self, Q, mask, F, V):
         """Q (A, M, d), mask (A, M), F (B, N, d), V (B, N + E, d) -> MMS_F, MMS_V (A, B).
-        With mean pooling (equation 1) one token counts, and a video is one vector."""
+        With mean pooling, `mask` keeps one token and a video becomes one vector, so that
+        MeanMaxSim is equation 1."""
         # This helps if you change the encoders: without unit length, training fails
         # silently.
         if not self.norms_checked:
@@ -443,7 +445,7 @@ class VideoColBERT(nn.Module):
 
     def save(self, folder):
         """Write config.json and model.safetensors into `folder`."""
-        # Only the fields of Config, because train.py's Settings have more.
+        # Only the fields of Config, because train.py's Settings has more.
         config = {field.name: getattr(self.config, field.name) for field in fields(Config)}
         files = {"config.json": json.dumps(config, indent=2).encode(),
                  "model.safetensors": safetensors.torch.save(self.state_dict())}
@@ -487,9 +489,9 @@ def sample_frames(path, num_frames, size, start=0.0, end=None):
 class Timing(NamedTuple):
     """When the frames of a video appear. A tick is the file's unit of time."""
     times: np.ndarray  # of all frames in ticks, sorted
-    end: int  # of the last frame, in ticks
+    end: int  # when the last frame leaves the screen, in ticks
     tick: float  # in seconds
-    # Whether frame.pts, its presentation time, is one of these times. Otherwise the i-th
+    # Whether a decoded frame's pts (presentation time) is its time here. Otherwise the i-th
     # frame that is decoded appears at times[i].
     times_are_pts: bool
 
@@ -498,8 +500,7 @@ def open_video(path):
     """-> container, video stream, is_exact: whether the format stores exact times of
     frames, unlike AVI. Raises VideoError."""
     try:
-        # Absolute, because a relative path with a colon may look like an address.
-        # abspath would be wrong for a .. that follows a link.
+        # An absolute path, because FFmpeg may take a relative one with a colon for a URL.
         with av.open(os.path.join(os.getcwd(), path), metadata_errors="ignore") as container:
             stream = container.streams.best("video")
             if not stream or not stream.codec_context:
@@ -570,8 +571,8 @@ def sample_times(path, timing, num_frames, start=0.0, end=None):
         raise VideoError(f"{path}: no {num_frames} frames between {start} and {end} s")
 
     middles = start + (np.arange(num_frames) + 0.5) / num_frames * (end - start)
-    # Rounded to 0.001 ticks, or a floating-point error could put a moment just before
-    # its frame.
+    # Rounded to 0.001 ticks, because a floating-point error could move a time to just
+    # before the frame that appears then.
     moments = times[0] + np.round(middles / tick, 3)
     # The last frame that has appeared at each of these moments.
     return times[np.searchsorted(times, moments, side="right") - 1]
@@ -584,13 +585,12 @@ def frames_at(path, timing, wanted, size):
     if timing.times_are_pts:
         timed_frames = ((frame.pts, frame) for frame in frames if frame.pts is not None)
     else:
-        timed_frames = zip(timing.times, frames)  # all frames, in order
+        timed_frames = zip(timing.times, frames)  # from the beginning, see seek_time
 
     remaining, pixels, previous = deque(wanted), [], None
     for time, frame in timed_frames:
-        # A frame is on screen until the next one comes. So the first frame after a
-        # wanted time tells that the one before it was on screen. If there is none before
-        # it, because the file's beginning is damaged, take this one.
+        # A frame stays on screen until the next one comes. So when a wanted time has
+        # passed, take the frame before this one. At a damaged beginning there is none.
         while remaining and remaining[0] < time:
             remaining.popleft()
             pixels.append(upright_pixels(previous or frame, size, scaler))
@@ -631,15 +631,13 @@ def upright_pixels(frame, size, scaler):
     if matrix is None:
         return pixels
 
-    # The 3 x 3 matrix starts with a, b, 0, c, d: new x = a x + c y, new y = b x + d y.
-    # For quarter turns and mirror images, one factor of each sum is 0, and the sign of
-    # the other tells whether that axis is mirrored.
-    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
-    if abs(b) > abs(a):
-        pixels = pixels.swapaxes(0, 1)  # the new x is the old y
-    if a + c < 0:
+    # How the old x and y make the new ones. In each sum below one of the two is 0.
+    x_to_x, x_to_y, _, y_to_x, y_to_y = np.frombuffer(matrix, np.int32)[:5].tolist()
+    if abs(x_to_y) > abs(x_to_x):
+        pixels = pixels.swapaxes(0, 1)
+    if x_to_x + y_to_x < 0:
         pixels = pixels[:, ::-1]  # mirror left and right
-    if b + d < 0:
+    if x_to_y + y_to_y < 0:
         pixels = pixels[::-1]  # mirror top and bottom
     return pixels
 
@@ -674,9 +672,8 @@ def video_to_text(sim, target):
     left out. Entry (i, j) is the best similarity of video i to a caption of video j, as
     in CLIP4Clip. The true pairs are on the diagonal."""
     videos = target.unique()  # (G,)
-    columns = [sim[target == video].amax(dim=0) for video in videos]  # G columns (B,)
-    best = torch.stack(columns, dim=1)  # (B, G)
-    return best[videos]  # (G, G)
+    best = torch.stack([sim[target == video].amax(dim=0) for video in videos])  # (G, B)
+    return best[:, videos].T  # (G, G)
 
 def reciprocal_rank_fusion(mms_f, mms_v, k=60):
     """Section 6: two matrices of similarities (A, B) -> the sum of 1 / (k + rank), (A, B)."""
