@@ -145,7 +145,7 @@ def check_settings(s):
         logit_scale=-100, logit_bias=-1e6)
     for name, lowest in at_least.items():
         value = getattr(s, name)
-        # False for NaN and infinity, too; torch takes no larger seed.
+        # NaN and infinity fail this, too, and seeds that are too large for torch.
         if not lowest <= value < 2 ** 63:
             raise InputError(f"--{name.replace('_', '-')} cannot be {value}")
     if s.warmup > 1:
@@ -161,7 +161,7 @@ def read_settings(run):
         settings = json.loads(Path(run, "settings.json").read_text())
         return replace(Settings(**settings), out="")  # a new command has its own --out
 
-# What reading malformed JSON, CSV or settings raises.
+# Errors that malformed JSON, CSV or settings raise.
 BAD_DATA = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 @contextlib.contextmanager
@@ -170,7 +170,7 @@ def user_errors(source, kinds=BAD_DATA):
     try:
         yield
     except InputError:
-        raise  # it is a ValueError, but clear already
+        raise  # an InputError is a ValueError, but already clear
     except kinds as error:
         reason = getattr(error, "strerror", None) or error  # without the file's name
         if isinstance(error, LookupError):
@@ -336,9 +336,9 @@ def load_frames(clips, s, size):
 def fill_cache(clips, split, s, size):
     """Decode what the cache lacks -> the clips of a split that can be read."""
     mine = rank_slice(clips)
-    check = partial(is_readable, s=s, size=size)
+    fill = partial(cache_clip, s=s, size=size)
     threads = max(s.workers, torch.get_num_threads())  # more, because nothing trains yet
-    results = prefetch(check, mine, threads)
+    results = prefetch(fill, mine, threads)
     bar = tqdm(results, desc=split, total=len(mine), disable=RANK > 0)
     found = gather_lists(list(bar))
     readable = [clip for clip, is_found in zip(clips, found) if is_found]
@@ -351,7 +351,8 @@ def fill_cache(clips, split, s, size):
         raise InputError(f"none of the {missing} {split} clips can be read")
     return readable
 
-def is_readable(clip, s, size):
+def cache_clip(clip, s, size):
+    """Put a clip's frames into the cache -> False if its video cannot be read."""
     try:
         cached_frames(clip, s.num_frames, size, s.cache)
         return True
@@ -416,9 +417,9 @@ def positive_pairs(clips, batch):
 
 # ---- Optimizer (section 5.2, Table 9)
 def make_optimizer(model, s):
-    """AdamW (the paper says Adam with weight decay), in groups of pre-trained parameters,
-    new ones, and the loss's scale and bias. Biases and norms, which have one dimension,
-    do not decay."""
+    """AdamW (the paper says Adam with weight decay), in groups of pre-trained
+    parameters, new ones, and the loss's scale and bias. Parameters of fewer than two
+    dimensions, such as biases and norms, do not decay."""
     # The tiny model's scale and bias start far from their final values. Others start at
     # pre-trained values.
     loss_lr = 10 * s.lr if s.backbone == "tiny" else s.lr_pretrained
@@ -445,8 +446,8 @@ def schedule(step, steps, warmup):
 
 # ---- Several processes (torchrun)
 # Each encodes its share of a batch, gathers all embeddings, and computes the whole loss.
-# Gradients flow back only through its own embeddings, so those of all processes are added
-# up. (DDP would average.)
+# Gradients flow back only through its own embeddings, so those of all processes are
+# added up. (DDP would average.)
 def rank_slice(items):
     """The part of a list that this process works on."""
     return items[len(items) * RANK // WORLD:len(items) * (RANK + 1) // WORLD]
@@ -489,8 +490,8 @@ def sum_gradients(model):
 
 # ---- Training step
 def training_step(model, optimizer, scaler, s, ids, mask, frames, positives):
-    """One step -> (5,): loss, mean MMS_F and MMS_V of the true pairs, gradient norm, loss
-    scale. `positives` (A, B) covers the whole batch, all else this process's part."""
+    """One step -> (5,): loss, mean MMS_F and MMS_V of the true pairs, gradient norm,
+    fp16's scale. `positives` (A, B) covers the whole batch, all else this process's part."""
     model.train()
     backward = backward_at_once
     if 0 < s.micro_batch < len(frames):
@@ -502,8 +503,8 @@ def training_step(model, optimizer, scaler, s, ids, mask, frames, positives):
     scaler.unscale_(optimizer)
     max_norm = s.max_grad_norm or math.inf
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    # The loss scale, 1 unless in fp16, without waiting for the GPU as get_scale() would.
-    loss_scale = scaler.scale(torch.ones_like(norm))
+    # fp16's scale, otherwise 1. get_scale() would wait for the GPU.
+    grad_scale = scaler.scale(torch.ones_like(norm))
     scaler.step(optimizer)  # skipped in fp16 if a gradient overflows
     scaler.update()
     optimizer.zero_grad()
@@ -513,7 +514,7 @@ def training_step(model, optimizer, scaler, s, ids, mask, frames, positives):
     # Means over the true pairs. Indexing by `positives` would wait for the GPU.
     weight = positives / positives.sum()
     true_f, true_v = (mms_f * weight).sum(), (mms_v * weight).sum()
-    return torch.stack([loss, true_f, true_v, norm, loss_scale]).detach()
+    return torch.stack([loss, true_f, true_v, norm, grad_scale]).detach()
 
 def backward_at_once(model, scaler, s, ids, mask, frames, positives):
     """Gradients of a batch that fits into memory -> loss, MMS_F, MMS_V."""
@@ -606,9 +607,9 @@ def train(model, data, s, device, out, data_id):
     with log, bar:
         for step, inputs in enumerate(prefetch(load, todo, s.workers), first):
             epoch, place = divmod(step, steps_per_epoch)
-            # The last epoch is evaluated only now that its checkpoint is saved: a run that
-            # is killed meanwhile resumes at this step, and evaluates again. Other
-            # processes wait for this one in training_step.
+            # Evaluate the previous epoch (the final one is evaluated after the loop).
+            # Its checkpoint is saved, so a run that is killed here evaluates it again
+            # when it resumes. Other processes wait in training_step.
             if place == 0 and epoch > 0 and RANK == 0:
                 log_evaluations(log, epoch - 1, model, data, s, device)
 
@@ -655,13 +656,13 @@ def log_evaluations(log, epoch, model, data, s, device):
 def write_log(log, bar, unread):
     """Log the steps since the last call. Raises FloatingPointError if one has failed."""
     for line, numbers in unread:
-        loss, true_f, true_v, norm, loss_scale = numbers.tolist()
+        loss, true_f, true_v, norm, grad_scale = numbers.tolist()
         line.update(loss=loss, MMS_F=true_f, MMS_V=true_v, grad_norm=norm)
-        # fp16 skips a step whose gradients overflow and halves its loss scale, which is
-        # normal while that is above 1. Any other infinity or NaN is a failure.
-        overflowed = loss_scale > 1 and not math.isfinite(norm)
+        # In fp16, a step whose gradients overflow is skipped, and the scale is halved.
+        # That is normal while the scale is above 1. Any other infinity or NaN is a failure.
+        overflowed = grad_scale > 1 and not math.isfinite(norm)
         if overflowed:
-            line.update(grad_norm=None, loss_scale=loss_scale)
+            line.update(grad_norm=None, loss_scale=grad_scale)
         elif not math.isfinite(loss + norm):
             step = line["step"]
             raise FloatingPointError(f"loss {loss}, gradient norm {norm} in step {step}")
@@ -752,7 +753,7 @@ def eval_batch_size(s):
     """Videos, or queries, that are evaluated at a time."""
     return min(s.micro_batch or 32, 32)
 
-@torch.compiler.set_stance("force_eager")  # --compile is for the shapes of training only
+@torch.compiler.set_stance("force_eager")  # --compile is for training, of one shape
 @torch.no_grad()
 def evaluate(model, clips, s, device):
     """Every caption against every clip -> MMS_F (A, B), MMS_V (A, B), target (A,)."""
@@ -786,7 +787,7 @@ def evaluate(model, clips, s, device):
 def result_rows(mms_f, mms_v, target, interaction="mms"):
     """Metrics of Table 3's scores, text to video and video to text -> a list of dicts."""
     sims = [mms_f, mms_v, mms_fv(mms_f, mms_v)]
-    to_text = [video_to_text(sim, target) for sim in sims]
+    to_text = [video_to_text(sim, target) for sim in sims]  # best caption by each score
     diagonal = torch.arange(len(to_text[0]))  # the true pairs
     return (score_rows("text to video", sims, target, interaction)
             + score_rows("video to text", to_text, diagonal, interaction))
@@ -843,12 +844,12 @@ def run(s, device):
             remove_checkpoints(out)  # it may have been killed before it did so
         return out
     if trains and (out / "model.safetensors").exists() and not checkpoint_paths(out):
-        # Checkpoints are removed only after the result is logged: the log has lost it.
+        # A model without checkpoints is a finished run, so the log has lost its result.
         raise InputError(f"{out} holds a model, but its log is damaged: start a new run")
 
     torch.manual_seed(s.seed)
     model = make_model(s, out)
-    # A run can take days, in which a video may be replaced. It is noticed at the end.
+    # A video may be replaced during a run of days. That is noticed at the end.
     old_ids = {clip.path: file_id(clip.path) for split in splits for clip in data[split]}
     readable = {split: fill_cache(data[split], split, s, model.image_size)
                 for split in splits}
@@ -863,7 +864,7 @@ def run(s, device):
             if not s.eval_only:
                 with user_errors(out, OSError):
                     model.save(out)
-            # If a video was replaced meanwhile, `data_id` is not the data of this run.
+            # `data_id` was computed at the start: it must still describe the videos.
             for clip in itertools.chain(*readable.values()):
                 if file_id(clip.path) != old_ids[clip.path]:
                     raise InputError(
@@ -897,7 +898,7 @@ def claimed_folder(s, out):
             with atomic_write(out / "settings.json") as file:
                 file.write(json.dumps(asdict(s), indent=2).encode())
         yield
-    (out / "lock").unlink(missing_ok=True)  # filelock leaves it
+    (out / "lock").unlink(missing_ok=True)  # filelock does not delete it
 
 def make_model(s, out):
     """The model to train or to evaluate, on the CPU."""
@@ -914,7 +915,7 @@ def remove_checkpoints(out):
     for path in checkpoint_paths(out):
         path.unlink()
     folder = out / "checkpoints"
-    # atomic_write leaves such a folder if it is killed.
+    # If a run is killed, atomic_write leaves such folders.
     for part in folder.glob("part-*"):
         shutil.rmtree(part, ignore_errors=True)
     # If the user made copies there, the folder stays.
@@ -936,9 +937,8 @@ def train_and_evaluate(model, data, s, device, out, data_id):
         if RANK == 0:
             return evaluate(model, data["test"], s, device)
     except torch.OutOfMemoryError:
-        # At most half of 32, which is what evaluation takes at a time.
         videos = s.micro_batch or s.batch_size // WORLD
-        fewer = max(1, min(videos, 32) // 2)
+        fewer = max(1, min(videos, eval_batch_size(s)) // 2)
         raise InputError(f"out of memory on {device}: use --resume {out} "
                          f"--micro-batch {fewer}") from None
 
@@ -1040,7 +1040,7 @@ def run_main(program, name):
         program()
         sys.stdout.flush()
     except BrokenPipeError:
-        os._exit(0)  # whoever read the output has left, such as `head`
+        os._exit(0)  # the reader of the output, such as `head`, has left
     except InputError as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)

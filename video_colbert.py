@@ -53,7 +53,7 @@ class Config:
     pad_token: int = 0  # pads CLIP's queries; 0 is "!" (Table 12)
     query_augmentation: bool = True  # pads take part in MeanMaxSim (4.2, Table 5)
     temporal_layers: int = 4  # of the temporal transformer (5.2, Table 8)
-    visual_expansion: int = 2  # E, learned tokens beside the frames (4.2, 5.2)
+    visual_expansion: int = 2  # E, learned tokens added to the frames (4.2, 5.2)
     interaction: str = "mms"  # mms (MeanMaxSim) or mp (mean pooling, equation 1)
     loss: str = "sigmoid"  # sigmoid, infonce or what you add to LOSSES (4.3)
     loss_form: str = "dual"  # dual (equation 7) or combined (Table 4)
@@ -75,7 +75,7 @@ def mean_max_sim(Q, V, mask=None):
     """Equations 3 and 4: the mean over query tokens of their best similarity to a frame.
 
     Q (A, M, d), V (B, N, d) -> (A, B). V may be the paper's F, too. The bool mask (A, M)
-    tells which tokens count; by default all do. Unit vectors give a mean of cosines;
+    says which tokens count; by default all do. Unit vectors give a mean of cosines;
     nothing is normalized here. A * M * B * N numbers are held in memory, so split large
     inputs."""
     sim = token_frame_similarities(Q, V)  # (A, M, B, N)
@@ -102,7 +102,7 @@ def sigmoid_loss(sim, positives=None, logit_scale=4.77, logit_bias=-12.93):
     """Equation 6 on similarities (A, B) -> a sum over videos, averaged over queries.
 
     The paper's formula, 1 / (1 + exp(z (-t x + b))), equals sigmoid(z (t x - b)). SigLIP's
-    code has + b, and so does this one, because b = -12.93 was learned there."""
+    code adds b, and -12.93 was learned with it, so b is added here."""
     if positives is None:
         positives = diagonal(sim)
     z = torch.where(positives, 1.0, -1.0)  # (A, B)
@@ -161,14 +161,14 @@ def load_backbone(name, pretrained):
     if pretrained == "auto":
         pretrained = default_tag
     is_tag = pretrained in tags  # else a file, or none
-    # A file does not tell its mean and std of pixels: assume those of the default tag.
+    # A file does not say which pixel mean and std it needs: assume the default tag's.
     info = open_clip.get_pretrained_cfg(name, pretrained if is_tag else default_tag)
     mean = info.get("mean", open_clip.OPENAI_DATASET_MEAN)
     std = info.get("std", open_clip.OPENAI_DATASET_STD)
     if pretrained in (None, "none"):
         return model, mean, std
 
-    # A file does not tell whether it needs QuickGELU; a tag does.
+    # A file does not say whether it needs QuickGELU; a tag does.
     if is_tag and info.get("quick_gelu", False) != config.get("quick_gelu", False):
         raise InputError(f"weights {pretrained!r} and backbone {name!r} differ in QuickGELU, "
                          "which costs accuracy: add or drop -quickgelu in the name")
@@ -177,7 +177,8 @@ def load_backbone(name, pretrained):
         file = open_clip.download_pretrained(info) if is_tag else pretrained
         load_weights(model, file)
     except Exception as error:
-        # A damaged file raises errors of many other types, with unclear messages.
+        # OSError and ValueError say what is wrong. The many other errors of a damaged
+        # file do not.
         is_clear = isinstance(error, (OSError, ValueError))
         reason = shorten(str(error), 150) if is_clear else "damaged, or no weights"
         raise InputError(
@@ -207,8 +208,8 @@ def backbone_config(name):
     config.pop("custom_text", None)  # CustomTextCLIP takes no such argument
     return config
 
-# open_clip's checkpoints may hold NumPy numbers, which torch.load refuses unless their types
-# are listed. NumPy 1 wrote `scalar` under the name in the pair.
+# Types in open_clip's checkpoints that torch.load must be told to accept. A pair is
+# (type, its name in NumPy 1).
 scalar = np._core.multiarray.scalar
 NUMPY_NUMBERS = [scalar, (scalar, "numpy.core.multiarray.scalar"),
                  np.dtype, np.dtypes.Int64DType, np.dtypes.Float64DType]
@@ -216,8 +217,7 @@ NUMPY_NUMBERS = [scalar, (scalar, "numpy.core.multiarray.scalar"),
 def load_weights(model, file):
     """Load OpenAI's TorchScript archive, or what open_clip or safetensors saved, into an
     open_clip model. No pickled code in the file is run."""
-    # OpenAI's files are TorchScript archives, which only torch.jit loads. Only they hold
-    # constants.pkl.
+    # OpenAI's files are TorchScript archives. Only such archives hold constants.pkl.
     names = zipfile.ZipFile(file).namelist() if zipfile.is_zipfile(file) else []
     if any(name.endswith("/constants.pkl") for name in names):
         weights = torch.jit.load(file, map_location="cpu").state_dict()
@@ -274,8 +274,8 @@ class TemporalTransformer(nn.Module):
 class VideoColBERT(nn.Module):
     """The query encoder, frame encoder and temporal transformer of Figure 2.
 
-    Q, F and V are float32 unit vectors, also under autocast. `image_size` is the side of a
-    frame in pixels, `width` is d. Raises InputError for invalid settings."""
+    Q, F and V are float32 unit vectors, also under autocast. `image_size` is the side of
+    a frame in pixels, `width` is d. Raises InputError for invalid settings."""
 
     def __init__(self, config):
         super().__init__()
@@ -302,7 +302,7 @@ class VideoColBERT(nn.Module):
         is_learned = config.learn_scale
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale), is_learned)
         self.logit_bias = nn.Parameter(torch.tensor(config.logit_bias), is_learned)
-        self.norms_checked = False  # by similarities, on the first batch
+        self.norms_checked = False  # `similarities` checks them once
 
     def check_config(self, context_length, vocabulary):
         choices = dict(interaction=("mms", "mp"), loss=LOSSES, loss_form=("dual", "combined"))
@@ -335,7 +335,7 @@ class VideoColBERT(nn.Module):
             raise InputError(f"the tokenizer of {name} must be downloaded once") from None
 
     def real_tokens(self, ids):
-        """ids (A, M) -> bool (A, M): True for start, words and end, False for pads."""
+        """ids (A, M) -> bool (A, M): True up to the end token, False for pads."""
         if self.is_siglip:
             # open_clip wraps the tokenizer of transformers.
             end = self.tokenizer.tokenizer.eos_token_id
@@ -397,7 +397,7 @@ class VideoColBERT(nn.Module):
         f = self.backbone.visual(images).view(B, N, -1)  # (B, N, d)
         v = self.temporal(f)  # (B, N + E, d)
 
-        # This helps if you write another temporal module.
+        # A check for those who write another temporal module.
         expected = (B, N + self.config.visual_expansion, self.width)
         assert v.shape == expected, f"temporal: {tuple(v.shape)}, not {expected}"
         return normalize(f.float(), dim=-1), normalize(v.float(), dim=-1)
@@ -406,7 +406,7 @@ class VideoColBERT(nn.Module):
         """Q (A, M, d), mask (A, M), F (B, N, d), V (B, N + E, d) -> MMS_F, MMS_V (A, B).
         With mean pooling, `mask` keeps one token and a video becomes one vector, so that
         MeanMaxSim is equation 1."""
-        # This helps if you change the encoders: without unit length, training fails
+        # A check for those who change the encoders: without unit length, training fails
         # silently.
         if not self.norms_checked:
             for x in (Q, F, V):
@@ -487,13 +487,13 @@ def sample_frames(path, num_frames, size, start=0.0, end=None):
     return frames_at(path, timing, wanted, size)
 
 class Timing(NamedTuple):
-    """When the frames of a video appear. A tick is the file's unit of time."""
+    """When the frames of a video appear. A tick is the unit of `times`."""
     times: np.ndarray  # of all frames in ticks, sorted
     end: int  # when the last frame leaves the screen, in ticks
     tick: float  # in seconds
-    # Whether a decoded frame's pts (presentation time) is its time here. Otherwise the i-th
-    # frame that is decoded appears at times[i].
-    times_are_pts: bool
+    # Whether to find a decoded frame by its pts (presentation time). If not, as in AVI
+    # and joined files, the i-th decoded frame appears at times[i].
+    pts_are_reliable: bool
 
 @contextlib.contextmanager
 def open_video(path):
@@ -540,8 +540,8 @@ def frame_times(path):
 
     # Decoding times jump back by more than a second where files were joined into one.
     is_joined = (np.diff(decoding_times) * tick < -1).any()
-    times_are_pts = is_exact and not is_joined and None not in times
-    if not times_are_pts:
+    pts_are_reliable = is_exact and not is_joined and None not in times
+    if not pts_are_reliable:
         decoded = [frame.pts for frame in decode(path)]
         durations = [0] * len(decoded)  # unknown
         if is_joined or None in decoded:
@@ -549,7 +549,9 @@ def frame_times(path):
             times = range(len(decoded))
             tick = 1 / frame_rate
         else:
-            times = decoded  # those of H.264 in AVI are out of order, and sorted below
+            # In AVI, frames of H.264 have each other's times. They are sorted below, and
+            # the i-th frame gets the i-th.
+            times = decoded
 
     if not times:
         raise VideoError(f"{path}: no frame can be decoded")
@@ -560,7 +562,7 @@ def frame_times(path):
     if not duration:
         # The mean gap between frames, at least one tick.
         duration = max(1, (times[-1] - times[0]) // max(1, len(times) - 1))
-    return Timing(times, times[-1] + duration, tick, times_are_pts)
+    return Timing(times, times[-1] + duration, tick, pts_are_reliable)
 
 def sample_times(path, timing, num_frames, start=0.0, end=None):
     """The times, (num_frames,) in ticks, of the frames that sample_frames takes."""
@@ -568,7 +570,8 @@ def sample_times(path, timing, num_frames, start=0.0, end=None):
     length = float(timing.end - times[0]) * tick  # of the video in seconds
     end = length if end is None else min(end, length)
     if num_frames < 1 or not 0 <= start < end:
-        raise VideoError(f"{path}: no {num_frames} frames between {start} and {end} s")
+        raise VideoError(
+            f"{path}: cannot take {num_frames} frames between {start} and {end} s")
 
     middles = start + (np.arange(num_frames) + 0.5) / num_frames * (end - start)
     # Rounded to 0.001 ticks, because a floating-point error could move a time to just
@@ -579,18 +582,17 @@ def sample_times(path, timing, num_frames, start=0.0, end=None):
 
 def frames_at(path, timing, wanted, size):
     """The frames on screen at the sorted times `wanted` -> uint8 (N, 3, size, size)."""
-    scaler = VideoReformatter()
-    frames = decode(path, seek_time(path, timing, int(wanted[0])))
-
-    if timing.times_are_pts:
+    if timing.pts_are_reliable:
+        frames = decode(path, seek_time(path, timing, int(wanted[0])))
         timed_frames = ((frame.pts, frame) for frame in frames if frame.pts is not None)
     else:
-        timed_frames = zip(timing.times, frames)  # from the beginning, see seek_time
+        timed_frames = zip(timing.times, decode(path))
 
+    scaler = VideoReformatter()
     remaining, pixels, previous = deque(wanted), [], None
     for time, frame in timed_frames:
-        # A frame stays on screen until the next one comes. So when a wanted time has
-        # passed, take the frame before this one. At a damaged beginning there is none.
+        # A frame is on screen until the next one, so a wanted time that has passed
+        # belongs to the frame before this one, or to this one if it is the first.
         while remaining and remaining[0] < time:
             remaining.popleft()
             pixels.append(upright_pixels(previous or frame, size, scaler))
@@ -607,9 +609,6 @@ def frames_at(path, timing, wanted, size):
 def seek_time(path, timing, first):
     """A time to seek to, from which decoding reaches the frame at time `first`. None is
     the beginning of the file."""
-    if not timing.times_are_pts:
-        return None
-
     # A seek in MPEG-TS may land too late. So check the frame that it finds, or else try
     # 10 seconds earlier, and then the beginning.
     for target in (first, first - round(10 / timing.tick)):
@@ -631,13 +630,14 @@ def upright_pixels(frame, size, scaler):
     if matrix is None:
         return pixels
 
-    # How the old x and y make the new ones. In each sum below one of the two is 0.
-    x_to_x, x_to_y, _, y_to_x, y_to_y = np.frombuffer(matrix, np.int32)[:5].tolist()
-    if abs(x_to_y) > abs(x_to_x):
+    # new x = a x + c y, new y = b x + d y. Upright, b and c are 0; in a quarter turn, a
+    # and d are.
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+    if abs(b) > abs(a):
         pixels = pixels.swapaxes(0, 1)
-    if x_to_x + y_to_x < 0:
+    if a + c < 0:
         pixels = pixels[:, ::-1]  # mirror left and right
-    if x_to_y + y_to_y < 0:
+    if b + d < 0:
         pixels = pixels[::-1]  # mirror top and bottom
     return pixels
 
@@ -672,8 +672,9 @@ def video_to_text(sim, target):
     left out. Entry (i, j) is the best similarity of video i to a caption of video j, as
     in CLIP4Clip. The true pairs are on the diagonal."""
     videos = target.unique()  # (G,)
-    best = torch.stack([sim[target == video].amax(dim=0) for video in videos])  # (G, B)
-    return best[:, videos].T  # (G, G)
+    columns = [sim[target == video].amax(dim=0) for video in videos]  # G columns (B,)
+    best = torch.stack(columns, dim=1)  # (B, G)
+    return best[videos]  # (G, G)
 
 def reciprocal_rank_fusion(mms_f, mms_v, k=60):
     """Section 6: two matrices of similarities (A, B) -> the sum of 1 / (k + rank), (A, B)."""

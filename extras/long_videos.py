@@ -8,7 +8,7 @@ def seek_frames(path, timing, wanted, size):
     """The same as frames_at. If the frames are hundreds of frames apart, and the format allows
     it, each is reached by a seek of its own; otherwise all between them are decoded."""
     first, last = np.searchsorted(timing.times, [wanted[0], wanted[-1]])
-    if not timing.times_are_pts or last - first <= 500 * len(wanted):
+    if not timing.pts_are_reliable or last - first <= 500 * len(wanted):
         return frames_at(path, timing, wanted, size)
     return torch.cat([frames_at(path, timing, [time], size) for time in wanted])
 

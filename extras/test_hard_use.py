@@ -207,7 +207,7 @@ def test_huge_numbers_and_empty_batches_are_documented_errors(tmp_path, tiny):
     clip, = clips_of(tmp_path / "clips.jsonl")["test"]
     frames = train.cached_frames(clip, 3, 16, tmp_path / "cache")
     assert torch.equal(frames, sample_frames(path, 3, 16))
-    with pytest.raises(InputError, match="a.mp4: no 0 frames"):
+    with pytest.raises(InputError, match="a.mp4: cannot take 0 frames"):
         sample_frames(path, 0, 64)
     with pytest.raises(ValueError, match="frames must be uint8"):
         tiny.encode_video(torch.zeros(0, 6, 3, tiny.image_size, tiny.image_size).byte())

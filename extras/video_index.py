@@ -131,7 +131,7 @@ def plan_pieces(video, meta, problems):
         spans = [(0.0, None)]  # to its end, without rounding
     # Without seeking, each piece is decoded from the video's beginning, so there are fewer,
     # but not so few that their frames fill the memory.
-    size = PIECE if timing.times_are_pts else 4 * PIECE
+    size = PIECE if timing.pts_are_reliable else 4 * PIECE
     return [Piece(video, path, timing, spans[i:i + size]) for i in range(0, count, size)]
 
 def read_piece(piece, model, problems):
