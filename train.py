@@ -114,10 +114,10 @@ def parse_settings(argv):
         saved = read_settings(folder)
         default = saved
         if typed.data and typed.data != saved.data:
-            default = replace(saved, root="")  # it was the folder of the other data
+            default = replace(saved, root="")  # the old root belongs to the old data
     else:
         default = default_settings(typed.data, typed.backbone, typed.loss)
-    # tyro would refuse this, too, but without naming --no-freeze.
+    # For "--freeze False", tyro's own message does not name --no-freeze.
     values = [arg.split("=")[-1] for arg in argv]
     if "True" in values or "False" in values:
         raise InputError("do not write True or False, but --freeze or --no-freeze")
@@ -305,7 +305,7 @@ def data_hash(data):
     return hashlib.sha256(json.dumps(clips).encode()).hexdigest()
 
 # ---- Frames: each clip is decoded once, into a file of the cache
-CACHE_VERSION = 5  # increase it when sample_frames gives other pixels
+CACHE_VERSION = 5  # increase it when sample_frames changes its output
 
 def cached_frames(clip, num_frames, size, cache):
     """sample_frames of a clip through the cache: uint8 (N, 3, size, size)."""
@@ -404,13 +404,13 @@ def load_batch(batch, clips, s, model):
     return ids, mask, frames, positive_pairs(clips, batch)
 
 def positive_pairs(clips, batch):
-    """Which captions of a batch describe which of its videos -> bool (A, B). A caption
-    describes every video that has this text in the batch."""
+    """Which captions of a batch describe which of its videos -> bool (A, B). A text
+    that several videos of the batch have in common describes each of them."""
     captions = [(v, clips[v].captions[c]) for v, chosen in batch for c in chosen]
     videos_of_text = {}
     for v, text in captions:
         videos_of_text.setdefault(text, []).append(v)
-    # The clip of each column. One may be there twice.
+    # The clip of each column. Two columns may be the same clip.
     columns = np.array([v for v, _ in batch])  # (B,)
     rows = [np.isin(columns, videos_of_text[text]) for _, text in captions]
     return torch.from_numpy(np.stack(rows))
@@ -607,9 +607,9 @@ def train(model, data, s, device, out, data_id):
     with log, bar:
         for step, inputs in enumerate(prefetch(load, todo, s.workers), first):
             epoch, place = divmod(step, steps_per_epoch)
-            # Evaluate the previous epoch (the final one is evaluated after the loop).
-            # Its checkpoint is saved, so a run that is killed here evaluates it again
-            # when it resumes. Other processes wait in training_step.
+            # Evaluate the previous epoch only now that its checkpoint is saved: a run
+            # that is killed here starts again at this line. The final epoch is evaluated
+            # after the loop. Other processes wait in training_step.
             if place == 0 and epoch > 0 and RANK == 0:
                 log_evaluations(log, epoch - 1, model, data, s, device)
 
@@ -625,7 +625,7 @@ def train(model, data, s, device, out, data_id):
             ends_epoch = place + 1 == steps_per_epoch
             stops = any_process(stop_signal.is_set())
             saves = stops or ends_epoch or (step + 1) % s.checkpoint_every == 0
-            # A GPU would have to wait if the numbers were read after each step.
+            # Reading the numbers after each step would make the CPU wait for the GPU.
             if saves or device.type == "cpu" or len(unread) == 50:
                 write_log(log, bar, unread)
                 unread = []
@@ -637,13 +637,13 @@ def train(model, data, s, device, out, data_id):
         if not stops and RANK == 0:
             log_evaluations(log, s.epochs - 1, model, data, s, device)
 
-    # Ask again, because the signal may have come in the last evaluation.
+    # After the break, or if a signal came in the last evaluation.
     if any_process(stop_signal.is_set()):
         if RANK == 0:
             note = f"stopped after {bar.n} steps; continue with --resume {out}"
             print(note, file=sys.stderr)
         raise KeyboardInterrupt  # run_main makes it exit code 130
-    handle_signals(signal.default_int_handler)  # from here on, a signal raises again
+    handle_signals(signal.default_int_handler)  # a signal raises KeyboardInterrupt again
 
 def log_evaluations(log, epoch, model, data, s, device):
     """After an epoch: the validation set, and every --eval-every epochs the test set."""
@@ -753,7 +753,8 @@ def eval_batch_size(s):
     """Videos, or queries, that are evaluated at a time."""
     return min(s.micro_batch or 32, 32)
 
-@torch.compiler.set_stance("force_eager")  # --compile is for training, of one shape
+# Batches of evaluation differ in shape, and each shape would be compiled.
+@torch.compiler.set_stance("force_eager")
 @torch.no_grad()
 def evaluate(model, clips, s, device):
     """Every caption against every clip -> MMS_F (A, B), MMS_V (A, B), target (A,)."""
@@ -836,20 +837,21 @@ def run(s, device):
     for split in splits:
         if split != "val" and not data[split]:
             raise InputError(f"{s.data} has no {split} clips")
+    # A run ends by saving the model, logging the result and removing the checkpoints.
     result = read_result(out)
-    if result:  # the run to resume is finished
+    if result:
         if result["data"] != data_id:
             raise InputError(f"{out} was run on other clips or captions, or a video has changed")
         if RANK == 0:
-            remove_checkpoints(out)  # it may have been killed before it did so
+            remove_checkpoints(out)  # if it was killed just before that
         return out
     if trains and (out / "model.safetensors").exists() and not checkpoint_paths(out):
-        # A model without checkpoints is a finished run, so the log has lost its result.
+        # It has removed its checkpoints, so its log has lost the result.
         raise InputError(f"{out} holds a model, but its log is damaged: start a new run")
 
     torch.manual_seed(s.seed)
     model = make_model(s, out)
-    # A video may be replaced during a run of days. That is noticed at the end.
+    # A video may be replaced during a run that takes days. That is noticed at the end.
     old_ids = {clip.path: file_id(clip.path) for split in splits for clip in data[split]}
     readable = {split: fill_cache(data[split], split, s, model.image_size)
                 for split in splits}
@@ -937,10 +939,10 @@ def train_and_evaluate(model, data, s, device, out, data_id):
         if RANK == 0:
             return evaluate(model, data["test"], s, device)
     except torch.OutOfMemoryError:
-        videos = s.micro_batch or s.batch_size // WORLD
-        fewer = max(1, min(videos, eval_batch_size(s)) // 2)
+        # Half of the videos at a time in training or evaluation, whichever are fewer.
+        videos = min(s.micro_batch or s.batch_size // WORLD, eval_batch_size(s))
         raise InputError(f"out of memory on {device}: use --resume {out} "
-                         f"--micro-batch {fewer}") from None
+                         f"--micro-batch {max(1, videos // 2)}") from None
 
 def run_folder(s):
     """The folder of a new run or evaluation, or of the run to resume."""
@@ -1033,8 +1035,8 @@ def handle_signals(handler):
         signal.signal(signal.SIGHUP, handler)
 
 def run_main(program, name):
-    """Bad input is one line and exit code 2. A stop exits with code 130. A bug shows its
-    traceback."""
+    """Bad input prints one line and exits with code 2. A stop exits with code 130. A bug
+    shows its traceback."""
     handle_signals(signal.default_int_handler)
     try:
         program()

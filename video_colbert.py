@@ -52,7 +52,7 @@ class Config:
     num_tokens: int = 32  # tokens per query (5.2); SigLIP uses all it has, 64
     pad_token: int = 0  # pads CLIP's queries; 0 is "!" (Table 12)
     query_augmentation: bool = True  # pads take part in MeanMaxSim (4.2, Table 5)
-    temporal_layers: int = 4  # of the temporal transformer (5.2, Table 8)
+    temporal_layers: int = 4  # layers of the temporal transformer (5.2, Table 8)
     visual_expansion: int = 2  # E, learned tokens added to the frames (4.2, 5.2)
     interaction: str = "mms"  # mms (MeanMaxSim) or mp (mean pooling, equation 1)
     loss: str = "sigmoid"  # sigmoid, infonce or what you add to LOSSES (4.3)
@@ -67,7 +67,7 @@ class Config:
 # ---- Interaction (section 4.1)
 def token_frame_similarities(Q, V):
     """Each token with each frame: Q (A, M, d), V (B, N, d) -> (A, M, B, N)."""
-    # Autocast would round to bf16, and the loss multiplies errors by exp(4.77) = 118.
+    # Autocast would round to 16 bits, and the loss multiplies errors by exp(4.77) = 118.
     with torch.autocast(Q.device.type, enabled=False):
         return torch.einsum("amd,bnd->ambn", Q, V)
 
@@ -177,8 +177,8 @@ def load_backbone(name, pretrained):
         file = open_clip.download_pretrained(info) if is_tag else pretrained
         load_weights(model, file)
     except Exception as error:
-        # OSError and ValueError say what is wrong. The many other errors of a damaged
-        # file do not.
+        # OSError and ValueError say what is wrong. The many others that a damaged file can
+        # raise do not.
         is_clear = isinstance(error, (OSError, ValueError))
         reason = shorten(str(error), 150) if is_clear else "damaged, or no weights"
         raise InputError(
@@ -199,7 +199,7 @@ def backbone_config(name):
     is_known_tokenizer = tokenizer is None or "SigLIP" in tokenizer
     # The temporal layers are copied text layers, so the text's width must be d.
     has_same_width = text.get("width") == config["embed_dim"]
-    # encode_query needs a projection. open_clip's default is a matrix.
+    # encode_query needs a projection. A config that does not mention one has a matrix.
     has_projection = text.get("proj_type") != "none"
     has_usual_text = is_known_tokenizer and has_same_width and has_projection
     if is_resnet or is_coca or not has_usual_text:
@@ -208,8 +208,8 @@ def backbone_config(name):
     config.pop("custom_text", None)  # CustomTextCLIP takes no such argument
     return config
 
-# Types in open_clip's checkpoints that torch.load must be told to accept. A pair is
-# (type, its name in NumPy 1).
+# open_clip's training checkpoints also hold NumPy numbers. torch.load must be told to
+# accept what makes them; the pair is for files that were written with NumPy 1.
 scalar = np._core.multiarray.scalar
 NUMPY_NUMBERS = [scalar, (scalar, "numpy.core.multiarray.scalar"),
                  np.dtype, np.dtypes.Int64DType, np.dtypes.Float64DType]
@@ -341,7 +341,7 @@ class VideoColBERT(nn.Module):
             end = self.tokenizer.tokenizer.eos_token_id
         else:
             end = self.tokenizer.eot_token_id
-        # SigLIP pads with end tokens, too, so take the first, as argmax does.
+        # SigLIP's pads are end tokens as well, so take the first one, as argmax does.
         first_end = (ids == end).int().argmax(dim=1, keepdim=True)  # (A, 1)
         return torch.arange(ids.shape[1], device=ids.device) <= first_end
 
@@ -549,8 +549,8 @@ def frame_times(path):
             times = range(len(decoded))
             tick = 1 / frame_rate
         else:
-            # In AVI, frames of H.264 have each other's times. They are sorted below, and
-            # the i-th frame gets the i-th.
+            # AVI has the right times, but gives them to the wrong frames of H.264. So
+            # they are sorted below, and the i-th frame takes the i-th time.
             times = decoded
 
     if not times:
@@ -577,7 +577,7 @@ def sample_times(path, timing, num_frames, start=0.0, end=None):
     # Rounded to 0.001 ticks, because a floating-point error could move a time to just
     # before the frame that appears then.
     moments = times[0] + np.round(middles / tick, 3)
-    # The last frame that has appeared at each of these moments.
+    # For each moment, the last frame that has appeared by then.
     return times[np.searchsorted(times, moments, side="right") - 1]
 
 def frames_at(path, timing, wanted, size):
@@ -591,11 +591,11 @@ def frames_at(path, timing, wanted, size):
     scaler = VideoReformatter()
     remaining, pixels, previous = deque(wanted), [], None
     for time, frame in timed_frames:
-        # A frame is on screen until the next one, so a wanted time that has passed
-        # belongs to the frame before this one, or to this one if it is the first.
+        # Once a frame is later than a wanted time, the one before it was on screen then.
         while remaining and remaining[0] < time:
             remaining.popleft()
-            pixels.append(upright_pixels(previous or frame, size, scaler))
+            on_screen = previous or frame  # the first frame, if none is before it
+            pixels.append(upright_pixels(on_screen, size, scaler))
         previous = frame
         if not remaining:
             break
@@ -609,8 +609,8 @@ def frames_at(path, timing, wanted, size):
 def seek_time(path, timing, first):
     """A time to seek to, from which decoding reaches the frame at time `first`. None is
     the beginning of the file."""
-    # A seek in MPEG-TS may land too late. So check the frame that it finds, or else try
-    # 10 seconds earlier, and then the beginning.
+    # A seek in MPEG-TS may land too late. So look at the frame that it finds. If that is
+    # too late, seek 10 seconds earlier; if that fails, too, start at the beginning.
     for target in (first, first - round(10 / timing.tick)):
         if target <= timing.times[0]:
             return None
@@ -630,8 +630,8 @@ def upright_pixels(frame, size, scaler):
     if matrix is None:
         return pixels
 
-    # new x = a x + c y, new y = b x + d y. Upright, b and c are 0; in a quarter turn, a
-    # and d are.
+    # A pixel moves from (x, y) to (a x + c y, b x + d y). Upright, b and c are 0; in a
+    # quarter turn, a and d are 0. So a sum below is the number that is not 0.
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
     if abs(b) > abs(a):
         pixels = pixels.swapaxes(0, 1)
@@ -645,7 +645,7 @@ def upright_pixels(frame, size, scaler):
 def ranks(sim):
     """sim (A, B) -> the rank of each video for each query, int (A, B), 1 is best. Ties
     count against the model: a rank is the number of videos with at least that score."""
-    sim = sim.contiguous()  # or else searchsorted warns that it makes a copy
+    sim = sim.contiguous()  # otherwise searchsorted warns about a copy
     ascending = sim.sort(dim=1).values
     number_below = torch.searchsorted(ascending, sim)  # (A, B)
     return sim.shape[1] - number_below
@@ -668,9 +668,9 @@ def retrieval_metrics(sim, target):
     return metrics
 
 def video_to_text(sim, target):
-    """sim (A, B), target (A,) -> (G, G) over the G videos that have captions; others are
-    left out. Entry (i, j) is the best similarity of video i to a caption of video j, as
-    in CLIP4Clip. The true pairs are on the diagonal."""
+    """sim (A, B), target (A,) -> (G, G): row i is the i-th of the G videos that have
+    captions, column j the best caption of the j-th, as in CLIP4Clip. The true pairs are
+    on the diagonal."""
     videos = target.unique()  # (G,)
     columns = [sim[target == video].amax(dim=0) for video in videos]  # G columns (B,)
     best = torch.stack(columns, dim=1)  # (B, G)
