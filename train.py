@@ -357,7 +357,7 @@ def cache_clip(clip, s, size):
         cached_frames(clip, s.num_frames, size, s.cache)
         return True
     except VideoError as error:
-        tqdm.write(f"cannot read {error}")
+        tqdm.write(f"cannot read {error}", file=sys.stderr)
         return False
 
 def prefetch(function, items, threads):
@@ -593,7 +593,7 @@ def train(model, data, s, device, out, data_id):
     state = dict(model=model, optimizer=optimizer, scaler=scaler)
     first, log_end = restore(out, state, data_id, s)
     # Only the first process logs. The log is cut back to the checkpoint.
-    log = open(os.devnull, "a") if RANK > 0 else open_log(out, log_end)
+    log = open(os.devnull, "ab") if RANK > 0 else open_log(out, log_end)
 
     # A signal only asks to stop, so that no step is cut short.
     stop_signal = threading.Event()
@@ -675,14 +675,13 @@ def open_log(out, end=None):
     path = out / "log.jsonl"
     with user_errors(path, OSError):
         content = path.read_bytes()[:end] if path.exists() else b""
-        log = open(path, "a")
+        log = open(path, "ab", buffering=0)  # nothing is left to write if the disk is full
         log.truncate(content.rfind(b"\n") + 1)  # 0 if no line is complete
     return log
 
 def write_line(log, record):
     with user_errors(log.name, OSError):
-        log.write(json.dumps(record) + "\n")
-        log.flush()
+        log.write(f"{json.dumps(record)}\n".encode())
 
 # ---- Checkpoints
 def checkpoint_paths(out):

@@ -531,6 +531,9 @@ def frame_times(path):
         tick = float(stream.time_base)
         frame_rate = float(stream.average_rate or 25)  # 25 if unknown
         for packet in container.demux(stream):
+            # In other formats, players pass over damaged parts.
+            if packet.is_corrupt and container.format.name.startswith("mov"):
+                raise VideoError(f"{path}: only a part of the file is there")
             # Skip the empty last packet, and frames that the file says not to show.
             if packet.size and not packet.is_discard:
                 times.append(packet.pts)

@@ -227,7 +227,7 @@ def runs_table(number):
     """Tables 1 and 2 as Markdown: the existing runs of each dataset and backbone."""
     lines, runs = [], [(folder, s, read_result(folder)) for folder, s in all_runs()]
     for data in ("msrvtt", "msvd", "vatex") if number == 1 else ("didemo", "activitynet"):
-        here = [run for run in runs if data in Path(run[1].data).with_suffix("").parts
+        here = [run for run in runs if data in Path(run[1].data.lower()).with_suffix("").parts
                 and run[1].interaction == "mms" and run[2]]
         for backbone in dict.fromkeys([*BACKBONES, *(s.backbone for _, s, _ in here)]):
             paper = BACKBONES.get(backbone, {}).get(data)

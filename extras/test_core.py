@@ -413,7 +413,7 @@ def test_missing_clips_stop_a_run_unless_they_are_allowed(data, capsys):
     (data / "0/clip.mp4").unlink()
     with pytest.raises(InputError, match="1 of 2 test clips cannot be read; --allow-missing"):
         train.main([*flags, "--epochs", "0"])
-    assert "3/clip.mp4: Invalid data" in capsys.readouterr().out and not os.path.exists("runs")
+    assert "3/clip.mp4: Invalid data" in capsys.readouterr().err and not os.path.exists("runs")
     train.main([*flags, "--epochs", "0", "--allow-missing"])
     assert "gallery of 1 clips, 1 test clips missing: not comparable" in capsys.readouterr().out
 

@@ -224,6 +224,25 @@ def test_frames_without_usable_times_are_numbered_at_the_frame_rate(tmp_path, na
     seconds = (timing.times - timing.times[0]) * timing.tick
     assert seconds == pytest.approx(np.arange(count) / 25)
 
+@pytest.mark.parametrize("movflags", ["faststart", "frag_keyframe+empty_moov"])
+def test_a_part_of_an_mp4_is_refused(tmp_path, movflags):
+    """As a download that was interrupted leaves it, with its index at the beginning."""
+    whole, path = write_moving_clip(tmp_path / "closed.mp4"), tmp_path / "a.mp4"
+    with av.open(str(whole)) as source, av.open(
+            str(path), "w", options={"movflags": movflags}) as container:
+        stream = source.streams.video[0]
+        copy = container.add_stream_from_template(stream)
+        for packet in source.demux(stream):
+            if packet.size:
+                packet.stream = copy
+                container.mux(packet)
+    assert torch.equal(sample_frames(path, 4, 16), sample_frames(whole, 4, 16))
+    content = path.read_bytes()
+    for share in (0.4, 0.6, 0.9):
+        path.write_bytes(content[:int(share * len(content))])
+        with pytest.raises(VideoError, match="a.mp4: only a part of the file is there"):
+            sample_frames(path, 4, 16)
+
 def test_a_part_before_the_first_frame_that_can_be_decoded_gives_that_one(tmp_path):
     """The file was cut between keyframes, so its first 14 frames cannot be decoded."""
     whole, path = write_moving_clip(tmp_path / "closed.mp4"), tmp_path / "cut.mp4"

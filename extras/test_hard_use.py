@@ -168,15 +168,15 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path):
         second.write(b"second")
     assert path.read_bytes() == b"first" and os.listdir(tmp_path) == ["file"]
 
-class FullDisk:
-    """An open file whose disk is full."""
-    name = "a/log.jsonl"
-    def write(self, text):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-def test_a_disk_that_is_full_when_the_log_is_written_is_one_line():
-    with pytest.raises(InputError, match="a/log.jsonl: No space left on device"):
-        train.write_line(FullDisk(), {})
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+def test_a_disk_that_is_full_when_the_log_is_written_is_one_line(tmp_path):
+    """Also when the log is closed."""
+    full = os.open("/dev/full", os.O_WRONLY)
+    with pytest.raises(InputError, match="log.jsonl: No space left on device"):
+        with train.open_log(tmp_path) as log:
+            os.dup2(full, log.fileno())
+            train.write_line(log, {})
+    os.close(full)
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
 def test_the_default_run_on_a_full_disk_or_in_a_read_only_folder_is_one_line(

@@ -117,10 +117,11 @@ def test_a_row_of_a_table_changes_its_own_setting_alone(number, subject):
     assert set() in all_changes and set.union(*all_changes) == subject
 
 def test_table_6_figures_3_and_4_and_table_1_come_from_the_runs(tmp_path, monkeypatch, capsys):
+    """Whatever the case of a dataset's folder."""
     monkeypatch.chdir(tmp_path)
-    os.mkdir("msrvtt")
-    write_json_lines(tmp_path / "msrvtt", "train train" + 8 * " test")
-    argv = [*FLAGS, "--data", "msrvtt/clips.jsonl", "--epochs", "6"]
+    os.mkdir("MSRVTT")
+    write_json_lines(tmp_path / "MSRVTT", "train train" + 8 * " test")
+    argv = [*FLAGS, "--data", "MSRVTT/clips.jsonl", "--epochs", "6"]
     monkeypatch.setattr(train, "save_checkpoint", lambda *args: None)  # which would take long
     draw, drawn = reproduce.draw_interactions, []
     def note_and_draw(rows):
@@ -131,7 +132,7 @@ def test_table_6_figures_3_and_4_and_table_1_come_from_the_runs(tmp_path, monkey
         main([*argv, *what.split()])
     out = capsys.readouterr().out
     assert runs_below() == ["clips", "clips-2"]
-    off, on = (ranks_by_hand(f"runs/{run}", "msrvtt/clips.jsonl") for run in runs_below())
+    off, on = (ranks_by_hand(f"runs/{run}", "MSRVTT/clips.jsonl") for run in runs_below())
     table = cells(Path("runs/table-6-clips.md").read_text())
     for query in on:
         before, after = off[query]["FV"], on[query]["FV"]
@@ -142,7 +143,7 @@ def test_table_6_figures_3_and_4_and_table_1_come_from_the_runs(tmp_path, monkey
         rank = on[f"caption 0 of {i}"]["FV"]
         assert title == f"caption 0 of {i}   (clip.mp4, rank {rank} of 8)"
         assert words == ["caption", "0", "of", str(i)] and before.shape == after.shape == (4, 3)
-        assert torch.equal(frames, sample_frames(f"msrvtt/{i}/clip.mp4", 3, 48))
+        assert torch.equal(frames, sample_frames(f"MSRVTT/{i}/clip.mp4", 3, 48))
     for number in (3, 4):
         assert Image.open(f"runs/figure-{number}-clips.png").width > 250
     assert "| msrvtt | tiny | runs/clips |" in out and "--query-augmentation False" in out

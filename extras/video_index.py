@@ -120,7 +120,8 @@ def plan_pieces(video, meta, problems):
     seconds = video_seconds(timing)
     count = segment_count(meta, seconds)
     frames = len(timing.times)
-    if count > frames:
+    # A video of slides may have few frames, but not one in hundreds of segments.
+    if count > 100 * frames:
         problems[path] = (f"{path}: {count} segments of {frames} frames; its times "
                           "are wrong, or --segment or --stride is too short")
         return []
@@ -273,25 +274,20 @@ class VideoIndex:
                 raise InputError(f"cannot change --{name} of {self.folder}: "
                                  f"{self.meta[name]}")
 
-        is_other_root = self.meta["root"] != meta["root"]
-        keep, videos = set(), []
+        keep = set()
         for i, video in enumerate(self.videos):
-            now = found.get(video.path)
-            if now and is_other_root and now.size == video.size:
-                # A folder that was copied may have new times.
-                video = video._replace(mtime_ns=now.mtime_ns)
-            is_same = now == video._replace(seconds=0.0)
+            is_same = found.get(video.path) == video._replace(seconds=0.0)
             path = Path(meta["root"], video.path)
             was_skipped = any(str(place) in skipped for place in (path, *path.parents))
             if is_same or was_skipped:
                 keep.add(i)
-                videos.append(video)
+        is_other_root = self.meta["root"] != meta["root"]
         are_gone = not any(video.path in found for video in self.videos)
         if self.videos and not keep and (is_other_root or are_gone):
             raise InputError(f"{self.folder} has {len(self.videos)} videos of "
                              f"{self.meta['root']}, and {meta['root']} has none of them, or "
-                             "all have changed. Is a drive not mounted? To drop them all, "
-                             "remove the index first")
+                             "all with another size or time (cp -a keeps times). Is a drive "
+                             "not mounted? To drop them all, remove the index first")
 
         gone = [video.path for i, video in enumerate(self.videos)
                 if i not in keep and video.path not in found]
@@ -299,7 +295,7 @@ class VideoIndex:
             print(f"{len(gone)} videos are no longer there and leave the index, the first is "
                   f"{gone[0]!r}", file=sys.stderr)
         meta["model"] = meta["model"] or self.meta["model"]
-        meta["videos"] = videos
+        meta["videos"] = [self.videos[i] for i in sorted(keep)]
         if len(keep) == len(self.videos):
             meta["vectors"] = self.meta["vectors"]
             return
