@@ -675,13 +675,15 @@ def open_log(out, end=None):
     path = out / "log.jsonl"
     with user_errors(path, OSError):
         content = path.read_bytes()[:end] if path.exists() else b""
-        log = open(path, "ab", buffering=0)  # nothing is left to write if the disk is full
+        log = open(path, "ab", buffering=0)  # if the disk is full, write_line notices it
         log.truncate(content.rfind(b"\n") + 1)  # 0 if no line is complete
     return log
 
 def write_line(log, record):
     with user_errors(log.name, OSError):
-        log.write(f"{json.dumps(record)}\n".encode())
+        line = f"{json.dumps(record)}\n".encode()
+        if log.write(line) < len(line):
+            raise InputError(f"{log.name}: the disk is full")
 
 # ---- Checkpoints
 def checkpoint_paths(out):
@@ -723,6 +725,9 @@ def restore(out, state, data_id, s):
     """Load the last checkpoint -> its step and the log's length, or 0, 0 without one."""
     content = load_checkpoint(out)
     if content is None:
+        # A run that has ended has a model and no checkpoints. Never train over it.
+        if (out / "model.safetensors").exists():
+            raise InputError(f"{out} holds a model, but its log is damaged: start a new run")
         return 0, 0
     if content["data"] != data_id:
         raise InputError(f"{out} was started with other clips or captions, "
@@ -836,17 +841,11 @@ def run(s, device):
     for split in splits:
         if split != "val" and not data[split]:
             raise InputError(f"{s.data} has no {split} clips")
-    # A run ends by saving the model, logging the result and removing the checkpoints.
     result = read_result(out)
-    if result:
+    if result:  # the run to resume has ended
         if result["data"] != data_id:
             raise InputError(f"{out} was run on other clips or captions, or a video has changed")
-        if RANK == 0:
-            remove_checkpoints(out)  # if it was killed just before that
         return out
-    if trains and (out / "model.safetensors").exists() and not checkpoint_paths(out):
-        # It has removed its checkpoints, so its log has lost the result.
-        raise InputError(f"{out} holds a model, but its log is damaged: start a new run")
 
     torch.manual_seed(s.seed)
     model = make_model(s, out)
@@ -939,7 +938,7 @@ def train_and_evaluate(model, data, s, device, out, data_id):
             return evaluate(model, data["test"], s, device)
     except torch.OutOfMemoryError:
         # Half of the videos at a time in training or evaluation, whichever are fewer.
-        videos = min(s.micro_batch or s.batch_size // WORLD, eval_batch_size(s))
+        videos = min(s.batch_size // WORLD, eval_batch_size(s))
         raise InputError(f"out of memory on {device}: use --resume {out} "
                          f"--micro-batch {max(1, videos // 2)}") from None
 

@@ -530,10 +530,12 @@ def frame_times(path):
     with open_video(path) as (container, stream, is_exact):
         tick = float(stream.time_base)
         frame_rate = float(stream.average_rate or 25)  # 25 if unknown
-        for packet in container.demux(stream):
+        for packet in container.demux():
             # In other formats, players pass over damaged parts.
             if packet.is_corrupt and container.format.name.startswith("mov"):
                 raise VideoError(f"{path}: only a part of the file is there")
+            if packet.stream_index != stream.index:
+                continue
             # Skip the empty last packet, and frames that the file says not to show.
             if packet.size and not packet.is_discard:
                 times.append(packet.pts)
@@ -552,8 +554,8 @@ def frame_times(path):
             times = range(len(decoded))
             tick = 1 / frame_rate
         else:
-            # AVI has the right times, but gives them to the wrong frames of H.264. So
-            # they are sorted below, and the i-th frame takes the i-th time.
+            # AVI, for example, gives the right times to the wrong frames of H.264. So they
+            # are sorted below, and the i-th frame takes the i-th time.
             times = decoded
 
     if not times:

@@ -86,11 +86,10 @@ def new_folder(s):
     """Make runs/NAME or, if that exists, runs/NAME-2 and so on."""
     folder = Path("runs", Path(s.data).stem)
     for number in itertools.count(2):
-        try:
+        with train.user_errors(folder, OSError), contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)
             return folder
-        except FileExistsError:
-            folder = Path("runs", f"{Path(s.data).stem}-{number}")
+        folder = Path("runs", f"{Path(s.data).stem}-{number}")
 
 def runs_of(argv, flags, seeds, device):
     """The folders of the finished runs that the flags and seeds ask for: found, resumed or
@@ -101,7 +100,7 @@ def runs_of(argv, flags, seeds, device):
         s = replace(s, seed=s.seed + k)
         found = find_run(s)
         if found:
-            warn_once(f"reused, or resumed if it is not finished: {found}")
+            warn_once(f"{'reused' if read_result(found) else 'resumed'}: {found}")
             s = replace(s, resume=str(found))
             folders.append(train.run(s, device))
             continue
@@ -137,7 +136,7 @@ def query_ranks(folder, s, device):
     now = 100 * (rank["FV"] == 1).double().mean().item()
     if abs(then - now) > 1:
         warn_once(f"{folder}: R@1 was {then:.1f} when it was trained, and is {now:.1f} with "
-                  "today's code and data; move the run out of runs/ to train again")
+                  "today's code, data or device; move it out of runs/ to train again")
     special = int(model.real_tokens(model.tokenize([""])[0]).sum())
     texts = [caption for clip in clips for caption in clip.captions]
     tokens = model.real_tokens(model.tokenize(texts)[0]).sum(dim=1) - special

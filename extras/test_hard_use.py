@@ -71,7 +71,7 @@ def test_a_second_process_on_a_run_says_that_another_is_at_work(data, monkeypatc
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "locked\n"
     before = Path("a/log.jsonl").read_bytes()
-    with pytest.raises(InputError, match="another process is at work on a, and has locked a/lock; try later"):
+    with pytest.raises(InputError, match="another process is at work on a, and has locked a/lock"):
         train.main(["--resume", "a"])
     assert Path("a/log.jsonl").read_bytes() == before
     other.kill()
@@ -177,6 +177,12 @@ def test_a_disk_that_is_full_when_the_log_is_written_is_one_line(tmp_path):
             os.dup2(full, log.fileno())
             train.write_line(log, {})
     os.close(full)
+
+def test_a_line_of_which_only_a_part_fits_on_the_disk_is_noticed():
+    log = Mock()
+    log.name, log.write.return_value = "a/log.jsonl", 5
+    with pytest.raises(InputError, match="a/log.jsonl: the disk is full"):
+        train.write_line(log, {"loss": 1.0})
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
 def test_the_default_run_on_a_full_disk_or_in_a_read_only_folder_is_one_line(
@@ -372,16 +378,18 @@ def test_a_finished_model_is_never_trained_over(data):
         train.main(["--resume", "a"])
     assert Path("a/model.safetensors").read_bytes() == model
 
-def test_a_run_killed_after_its_result_loses_its_checkpoints_when_resumed(data, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "remove_checkpoints", Mock(side_effect=KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            train.main([*FLAGS, "--out", "a"])
-    finished = contents("a")
-    assert os.listdir("a/checkpoints")
-    train.main(["--resume", "a"])
-    assert not os.path.exists("a/checkpoints")
-    assert contents("a") == finished
+def test_a_run_that_another_process_ends_meanwhile_is_not_trained_again(data, monkeypatch):
+    """It ends while this one decodes, after it has found checkpoints."""
+    run_until(monkeypatch, [*FLAGS, "--out", "a"], "training_step", 3)
+    fill_cache = train.fill_cache
+    def another_ends(*args):
+        monkeypatch.setattr(train, "fill_cache", fill_cache)
+        train.main(["--resume", "a"])
+        return fill_cache(*args)
+    monkeypatch.setattr(train, "fill_cache", another_ends)
+    with pytest.raises(InputError, match="a holds a model"):
+        train.main(["--resume", "a"])
+    assert train.read_result("a")
 
 def test_copies_that_a_user_keeps_beside_checkpoints_stay_and_are_not_loaded(data, monkeypatch):
     run_until(monkeypatch, [*FLAGS, "--out", "a"], "training_step", 3)
@@ -461,7 +469,8 @@ def test_an_evaluation_may_have_another_precision_and_a_resumed_run_may_not(data
     assert train.read_settings("b").precision == "bf16"
 
 @pytest.mark.parametrize("flags, fewer", [
-    (["--batch-size", "128"], 16), (["--batch-size", "4"], 2), (["--micro-batch", "3"], 1)])
+    (["--batch-size", "128"], 16), (["--batch-size", "4"], 2), (["--micro-batch", "3"], 1),
+    (["--batch-size", "4", "--micro-batch", "64"], 2)])
 def test_memory_that_runs_out_in_an_evaluation_names_fewer_videos(
         data, monkeypatch, flags, fewer):
     """It takes 32 at a time, or a micro-batch if that is smaller."""

@@ -245,7 +245,7 @@ def test_a_run_that_is_reused_is_named_and_one_of_other_code_too(data, monkeypat
     assert "reused" not in capsys.readouterr().err
     main(flags)
     error = capsys.readouterr().err
-    assert "reused, or resumed if it is not finished: runs/clips" in error
+    assert "reused: runs/clips\n" in error
     assert "with today's code" not in error
     best = train.read_result("runs/clips")["evaluation"][2]["R@1"]
     edited = train.evaluate
@@ -274,7 +274,11 @@ def test_runs_that_begin_at_once_have_folders_of_their_own(data, monkeypatch):
     assert train.read_settings("runs/clips-2").seed == 7
     with pytest.raises(InputError, match="--batch-size 500 is more than"):
         main([*FLAGS, "--seeds", "1", "--batch-size", "500"])
-    assert runs_below() == ["clips", "clips-2"]
+    assert sorted(os.listdir("runs"))[:2] == ["clips", "clips-2"] and "clips-3" not in os.listdir("runs")
+    os.rename("runs", "other")
+    Path("runs").touch()
+    with pytest.raises(InputError, match="runs/clips: Not a directory"):
+        main([*FLAGS, "--seeds", "1"])
 
 def test_a_finished_run_is_preferred_to_an_unfinished_one(data, monkeypatch):
     main([*FLAGS, "--seeds", "1"])

@@ -676,8 +676,8 @@ def test_a_video_of_one_frame_is_found(tmp_path, tiny):
         index, problems = VideoIndex.build(tmp_path / "clips", tiny, tmp_path / "index")
     assert not problems and find_hits(index, tiny, ["a dog"])[0][0]["path"].endswith("a.mp4")
 
-def test_a_video_with_hundreds_of_segments_for_each_frame_is_a_problem(tmp_path, tiny):
-    write_clip(tmp_path / "clips/a.mkv", 20, times=[*range(19), 1_000_000])
+def test_a_video_with_one_frame_for_most_of_its_segments_is_a_problem(tmp_path, tiny):
+    write_clip(tmp_path / "clips/a.mkv", 20, times=[*range(19), 100_000])
     index, problems = VideoIndex.build(tmp_path / "clips", tiny, tmp_path / "index", segment=10.0)
     assert not index.videos and "segments of 20 frames; its times are wrong" in problems[0]
 

@@ -120,8 +120,9 @@ def plan_pieces(video, meta, problems):
     seconds = video_seconds(timing)
     count = segment_count(meta, seconds)
     frames = len(timing.times)
-    # A video of slides may have few frames, but not one in hundreds of segments.
-    if count > 100 * frames:
+    # A video of slides may have fewer frames than segments, but not one for most of it.
+    longest = np.diff([*timing.times, timing.end]).max()
+    if count > frames and longest > (timing.end - timing.times[0]) / 2:
         problems[path] = (f"{path}: {count} segments of {frames} frames; its times "
                           "are wrong, or --segment or --stride is too short")
         return []
