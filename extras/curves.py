@@ -18,7 +18,7 @@ def read_steps(run):
     """The lines of a run's log that are steps."""
     steps = [line for line in read_log(run) if "loss" in line]
     if len(steps) < 2:
-        raise InputError(f"{run}/log.jsonl has less than two steps")
+        raise InputError(f"{run}/log.jsonl is missing or has less than two steps")
     return steps
 
 def smooth(values, width):

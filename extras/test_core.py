@@ -428,6 +428,15 @@ def test_missing_clips_stop_a_run_unless_they_are_allowed(data, capsys):
     with pytest.raises(InputError, match="none of the 3 train clips can be read"):
         train.main([*flags, "--out", "b", "--allow-missing"])
 
+def test_a_run_goes_on_without_a_validation_set_that_cannot_be_read(data):
+    """If that is allowed, as it is optional."""
+    (data / "4/clip.mp4").unlink()
+    flags = [*SMALL, "--data", "clips.jsonl", "--out", "a"]
+    with pytest.raises(InputError, match="1 of 1 val clips cannot be read; --allow-missing"):
+        train.main(flags)
+    train.main([*flags, "--allow-missing"])
+    assert not any("split" in line for line in records("a"))
+
 def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(
         data, whole, monkeypatch, capsys):
     """Damaged is: cut, or a bit is another. If all are damaged, the run is left as it is."""

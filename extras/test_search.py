@@ -332,6 +332,24 @@ def test_what_cannot_be_listed_or_examined_is_named_and_stays(tmp_path, clips, t
     # Nobody knows whether 0.mp4 is in a folder that cannot be listed.
     assert len(index.videos) == (12 if where == "" else 11) and sum(encoded) == 12
 
+def test_a_linked_folder_that_is_away_keeps_its_videos(tmp_path, clips, tiny, encoded):
+    """As on one of two drives that is not mounted; a broken link to other files is no harm."""
+    drive = tmp_path / "drive"
+    (clips / "below").rename(drive)
+    (clips / "linked").symlink_to(drive)
+    (clips / "notes.md").symlink_to(tmp_path / "nowhere")
+    index, _ = VideoIndex.build(clips, tiny, tmp_path / "index")
+    paths = names(index)
+    assert any(path.startswith("linked/") for path in paths)
+    count = sum(encoded)
+    drive.rename(tmp_path / "away")
+    index, problems = VideoIndex.build(clips, tiny, tmp_path / "index")
+    assert f"{clips}/linked: No such file or directory" in problems
+    assert sorted(names(index)) == sorted(paths)
+    (tmp_path / "away").rename(drive)
+    index, _ = VideoIndex.build(clips, tiny, tmp_path / "index")
+    assert sorted(names(index)) == sorted(paths) and sum(encoded) == count
+
 def test_a_long_build_saves_on_the_way(tmp_path, clips, tiny, monkeypatch):
     """With SAVE_EVERY 5 and batches of 2, after 5 videos and 10, and at both ends."""
     saved, save = [], VideoIndex.save

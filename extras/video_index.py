@@ -68,10 +68,12 @@ def find_videos(root):
 
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
-            is_video = name.lower().endswith(VIDEO_ENDINGS) and not name.startswith(".")
-            if not is_video:
-                continue
             path = os.path.join(folder, name)
+            # A link to a folder that is away, as on a drive, is among the files. It is named.
+            is_broken = os.path.islink(path) and not os.path.exists(path)
+            is_video = name.lower().endswith(VIDEO_ENDINGS)
+            if name.startswith(".") or not (is_video or is_broken):
+                continue
             try:
                 status = os.stat(path)
             except OSError as error:
