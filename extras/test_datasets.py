@@ -238,7 +238,7 @@ def test_missing_test_videos_stay_and_are_counted_by_train(tmp_path, monkeypatch
     with pytest.raises(InputError, match="1 of 2 test clips cannot be read; --allow-missing"):
         train.main(flags)
     train.main([*flags, "--out", "run", command[-1]])
-    assert train.read_result("run")["missing"] == 1 and "v_e.mp4" in capsys.readouterr().out
+    assert train.read_result("run")["missing"] == 1 and "v_e.mp4" in capsys.readouterr().err
 
 def test_paths_are_relative_below_the_files_folder_and_absolute_elsewhere(tmp_path, monkeypatch,
                                                                           video):
