@@ -106,7 +106,6 @@ def sigmoid_loss(sim, positives=None, logit_scale=4.77, logit_bias=-12.93):
     if positives is None:
         positives = diagonal(sim)
     z = torch.where(positives, 1.0, -1.0)  # (A, B)
-    # logit_scale may be a number or a parameter.
     t = torch.as_tensor(logit_scale, dtype=sim.dtype).exp()  # exp(4.77) = 118
     loss = -logsigmoid(z * (t * sim + logit_bias))  # (A, B)
     return loss.sum() / len(sim)  # over A queries, not all pairs

@@ -37,7 +37,7 @@ def engine_queries(tmp_path, monkeypatch, clips, tiny):
     for query, hits in zip(QUERIES, find_hits(index, tiny, QUERIES, 10)):
         ids, mask = tiny.tokenize([query])
         with torch.no_grad():
-            Q = tiny.encode_query(ids)[mask]                # (M, d)
+            Q = tiny.encode_query(ids)[mask]                      # (M, d)
         cases.append((as_multivector(Q, Q).tolist(), len(Q), hits))
     return index, cases
 

@@ -248,9 +248,13 @@ def test_a_part_of_an_mp4_is_refused(tmp_path, movflags, has_sound):
                 container.mux(packet)
     assert torch.equal(sample_frames(path, 4, 16), sample_frames(whole, 4, 16))
     content = path.read_bytes()
+    # A fragment may also end before its first frame.
+    message = "a.mp4: only a part of the file is there"
+    if "frag" in movflags:
+        message += "|a.mp4: End of file"
     for share in np.linspace(0.4, 0.95, 12):
         path.write_bytes(content[:int(share * len(content))])
-        with pytest.raises(VideoError, match="a.mp4: "):
+        with pytest.raises(VideoError, match=message):
             sample_frames(path, 4, 16)
 
 def test_a_part_before_the_first_frame_that_can_be_decoded_gives_that_one(tmp_path):

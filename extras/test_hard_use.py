@@ -71,7 +71,8 @@ def test_a_second_process_on_a_run_says_that_another_is_at_work(data, monkeypatc
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "locked\n"
     before = Path("a/log.jsonl").read_bytes()
-    with pytest.raises(InputError, match="another process is at work on a, and has locked a/lock"):
+    with pytest.raises(InputError, match="another process is at work on a, and has locked a/lock; "
+                                         "try later"):
         train.main(["--resume", "a"])
     assert Path("a/log.jsonl").read_bytes() == before
     other.kill()
