@@ -526,14 +526,16 @@ def backward_at_once(model, scaler, s, ids, mask, frames, positives):
 def backward_in_parts(model, scaler, s, ids, mask, frames, positives):
     """The same with the activations of a few videos at a time: GradCache (Gao et al.
     2021)."""
-    model.eval()  # without dropout, because both passes must agree
     count = math.ceil(len(frames) / s.micro_batch)
     # A part's captions need not belong to its videos: here they are only encoded.
     parts = list(zip(ids.tensor_split(count), frames.tensor_split(count)))
+    # If a reader adds dropout, both passes over a part must drop the same values.
+    seed = torch.initial_seed() + 1
 
     # 1. Embed all parts without keeping activations.
     Q, F, V = [], [], []
-    for part in parts:
+    for i, part in enumerate(parts):
+        torch.manual_seed(seed + i)
         with torch.no_grad():
             q, f, v = encode(model, s, *part)
         Q.append(q.requires_grad_())
@@ -546,9 +548,10 @@ def backward_in_parts(model, scaler, s, ids, mask, frames, positives):
     scaler.scale(loss).backward()
 
     # 3. Embed each part again, and pass these gradients on to the parameters.
-    for part, q, f, v in zip(parts, Q, F, V):
+    for i, part in enumerate(parts):
+        torch.manual_seed(seed + i)
         embeddings = encode(model, s, *part)
-        torch.autograd.backward(embeddings, (q.grad, f.grad, v.grad))
+        torch.autograd.backward(embeddings, (Q[i].grad, F[i].grad, V[i].grad))
     return loss, mms_f, mms_v
 
 def whole_loss(model, Q, mask, F, V, positives):

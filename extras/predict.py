@@ -40,7 +40,7 @@ CARDS = {"H100": Card(989e12, 0.7, 3350e9, 64e9, 0),
          "A5000": Card(111e12, 0.8, 768e9, 32e9, 64),
          "T4": Card(65e12, 0.4, 320e9, 16e9, 32)}
 BYTES_SHARE = 0.85  # of `memory` and `bus`, which copies reach
-LAUNCH = 10e-6  # seconds that Python, autograd and the driver need to start a kernel
+LAUNCH = 27e-6  # seconds that Python, autograd and the driver took per kernel beside an H200
 # What --compile leaves of the bytes of kernels without matrix products: Inductor's own count
 # for a block of the encoder, forward and backward. Of launches it is assumed to be as much.
 FUSED = 0.35
