@@ -150,7 +150,7 @@ def check_settings(s):
             raise InputError(f"--{name.replace('_', '-')} cannot be {value}")
     if s.warmup > 1:
         raise InputError(f"--warmup is a share of the steps, 0 to 1, not {s.warmup}")
-    if s.batch_size % WORLD:
+    if s.batch_size % WORLD and not s.eval_only:
         raise InputError(f"--batch-size must be a multiple of {WORLD} processes")
     if s.resume and s.out:
         raise InputError("--resume takes no --out: a run stays in its folder")
@@ -258,8 +258,12 @@ def msrvtt_records(root):
     annotation = find_files(root, "MSRVTT_data.json")
     train_rows = find_files(root, "MSRVTT_train.9k.csv")
     test_rows = find_files(root, "MSRVTT_JSFUSION_test.csv")
-    # If a video is there twice, the first path counts.
-    videos = {Path(path).stem: path for path in reversed(find_files(root, "*.mp4"))}
+    videos = {}
+    for path in find_files(root, "*.mp4"):
+        first = videos.setdefault(Path(path).stem, path)
+        # A copy does no harm. But other datasets, too, name their videos video0 and so on.
+        if path != first and file_id(path) != file_id(first):
+            raise InputError(f"{first} and {path} differ: use a --root with one of them")
     if not (annotation and train_rows and test_rows and videos):
         raise InputError(f"no MSR-VTT in {root}: use --root FOLDER{MSRVTT_HELP}")
 
@@ -653,8 +657,18 @@ def log_evaluations(log, epoch, model, data, s, device):
     for split, every in (("val", 1), ("test", s.eval_every)):
         if data[split] and every and (epoch + 1) % every == 0:
             mms_f, mms_v, target = evaluate(model, data[split], s, device)
-            metrics = retrieval_metrics(mms_fv(mms_f, mms_v), target)
-            write_line(log, dict(epoch=epoch, split=split, **metrics))
+            score, sim = trained_score(mms_f, mms_v, s)
+            metrics = retrieval_metrics(sim, target)
+            write_line(log, dict(epoch=epoch, split=split, score=score, **metrics))
+
+def trained_score(mms_f, mms_v, s):
+    """The score that the loss is made of: its name in the table, and its values (A, B)."""
+    name = s.interaction.upper()
+    if s.loss_form == "dual" and s.lambda_video == 0:
+        return f"{name}_F", mms_f
+    if s.loss_form == "dual" and s.lambda_frame == 0:
+        return f"{name}_V", mms_v
+    return f"{name}_FV", mms_fv(mms_f, mms_v)
 
 def write_log(log, bar, unread):
     """Log the steps since the last call. Raises FloatingPointError if one has failed."""
@@ -825,9 +839,11 @@ def results_table(result):
 
     best = result["best"]
     if best:
-        metrics = " ".join(f"{name} {best[name]:.4g}" for name in ("R@1", "R@5", "R@10"))
+        score = best.get("score", "MMS_FV")  # older logs do not name it
+        names = ("R@1", "R@5", "R@10", "nDCG@10")
+        metrics = " ".join(f"{name} {best[name]:.4g}" for name in names)
         lines.append("best epoch on the test set, which CLIP4Clip, DRL and UATVR report: "
-                     f"epoch {best['epoch']}, {metrics} nDCG@10 {best['nDCG@10']:.4g}")
+                     f"epoch {best['epoch']}, {score} {metrics}")
     return "\n".join(lines)
 
 # ---- A run

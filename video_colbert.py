@@ -167,14 +167,15 @@ def load_backbone(name, pretrained):
     if pretrained in (None, "none"):
         return model, mean, std
 
-    # A file does not say whether it needs QuickGELU; a tag does.
-    if is_tag and info.get("quick_gelu", False) != config.get("quick_gelu", False):
+    # A tag says whether it needs QuickGELU; a file of open_clip does not.
+    has_quick_gelu = config.get("quick_gelu", False)
+    if is_tag and info.get("quick_gelu", False) != has_quick_gelu:
         raise InputError(f"weights {pretrained!r} and backbone {name!r} differ in QuickGELU, "
                          "which costs accuracy: add or drop -quickgelu in the name")
 
     try:
         file = open_clip.download_pretrained(info) if is_tag else pretrained
-        load_weights(model, file)
+        load_weights(model, file, has_quick_gelu)
     except Exception as error:
         # OSError and ValueError say what is wrong. The many others that a damaged file can
         # raise do not.
@@ -213,12 +214,13 @@ scalar = np._core.multiarray.scalar
 NUMPY_NUMBERS = [scalar, (scalar, "numpy.core.multiarray.scalar"),
                  np.dtype, np.dtypes.Int64DType, np.dtypes.Float64DType]
 
-def load_weights(model, file):
+def load_weights(model, file, has_quick_gelu):
     """Load OpenAI's TorchScript archive, or what open_clip or safetensors saved, into an
     open_clip model. No pickled code in the file is run."""
     # OpenAI's files are TorchScript archives. Only such archives hold constants.pkl.
     names = zipfile.ZipFile(file).namelist() if zipfile.is_zipfile(file) else []
-    if any(name.endswith("/constants.pkl") for name in names):
+    is_openai = any(name.endswith("/constants.pkl") for name in names)
+    if is_openai:
         weights = torch.jit.load(file, map_location="cpu").state_dict()
     else:
         with torch.serialization.safe_globals(NUMPY_NUMBERS):
@@ -232,6 +234,8 @@ def load_weights(model, file):
         # The backbone's own logit_scale and logit_bias are not used.
         if not fits and not name.startswith("logit_"):
             raise ValueError(f"it has no {name} of shape {tuple(tensor.shape)}")
+    if is_openai and not has_quick_gelu:
+        raise ValueError("OpenAI's models use QuickGELU: add -quickgelu to the name")
     model.load_state_dict(weights, strict=False)
 
 # ---- Temporal transformer (sections 4.1, 4.2)
@@ -577,12 +581,16 @@ def sample_times(path, timing, num_frames, start=0.0, end=None):
         raise VideoError(
             f"{path}: cannot take {num_frames} frames between {start} and {end} s")
 
-    middles = start + (np.arange(num_frames) + 0.5) / num_frames * (end - start)
     # Rounded to 0.001 ticks, because a floating-point error could move a time to just
     # before the frame that appears then.
-    moments = times[0] + np.round(middles / tick, 3)
+    seconds = sample_seconds(num_frames, start, end)
+    moments = times[0] + np.round(seconds / tick, 3)
     # For each moment, the last frame that has appeared by then.
     return times[np.searchsorted(times, moments, side="right") - 1]
+
+def sample_seconds(num_frames, start, end):
+    """The middles, (num_frames,) in seconds, of equal segments."""
+    return start + (np.arange(num_frames) + 0.5) / num_frames * (end - start)
 
 def frames_at(path, timing, wanted, size):
     """The frames on screen at the sorted times `wanted` -> uint8 (N, 3, size, size)."""

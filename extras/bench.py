@@ -32,7 +32,7 @@ from train import (
     Clip, autocast, cached_frames, load_frames, parse_settings, pick_device, run_main)
 from video_colbert import (
     InputError, VideoColBERT, frame_times, frames_at, mean_max_sim, mms_fv, sample_frames,
-    sample_times)
+    sample_seconds, sample_times)
 
 try:
     import decord
@@ -113,11 +113,13 @@ def some_clips(s, folder, count=32):
         draw_clip(clip.path, "red", "square", "blue", "grows", np.random.default_rng(i))
     return clips, "synthetic"
 
-def decord_frames(path, num_frames, size):
-    """Our frames, as decord reads them."""
+def decord_frames(path, num_frames, size, start=0.0, end=None):
+    """Our frames, as decord reads them, if their rate is constant."""
     reader = decord.VideoReader(path, width=size, height=size, num_threads=1)
-    middles = (np.arange(num_frames) + 0.5) / num_frames * len(reader)
-    return reader.get_batch(middles.astype(int)).asnumpy()
+    rate = reader.get_avg_fps()
+    length = len(reader) / rate  # in seconds
+    middles = sample_seconds(num_frames, start, min(end or length, length))
+    return reader.get_batch((middles * rate).astype(int)).asnumpy()
 
 def to_jpegs(frames):
     """uint8 (N, 3, size, size) -> N files in memory."""
@@ -133,13 +135,14 @@ def bench_clips(s, size, device):
     with tempfile.TemporaryDirectory() as folder:
         clips, source = some_clips(s, folder)
         for clip in clips:
-            jpegs = to_jpegs(sample_frames(clip.path, N, size))
+            part = clip.start, clip.end
+            jpegs = to_jpegs(sample_frames(clip.path, N, size, *part))
             jpeg_bytes += sum(len(file.getvalue()) for file in jpegs)
-            calls = [lambda: sample_frames(clip.path, N, size),
+            calls = [lambda: sample_frames(clip.path, N, size, *part),
                      lambda: cached_frames(clip, N, size, folder),
                      lambda: [np.asarray(Image.open(file)) for file in jpegs]]
             if decord and size % 32 == 0:  # it fails on other sizes
-                calls.append(lambda: decord_frames(clip.path, N, size))
+                calls.append(lambda: decord_frames(clip.path, N, size, *part))
             times.append(median_seconds(CPU, *calls, repeat=3))
         batch_line = bench_loader(clips, replace(s, cache=folder), size, device)
 

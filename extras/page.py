@@ -23,8 +23,9 @@ from PIL import Image
 
 from extras.figures import (
     check_folder, clock, hit_frames, interactions, printable, span)
+from extras.video_index import video_seconds
 from train import atomic_write
-from video_colbert import InputError, VideoError, frame_times
+from video_colbert import InputError, VideoError, frame_times, sample_seconds
 
 SIDE = 96  # pixels of a frame, at most
 
@@ -114,6 +115,7 @@ class Look(NamedTuple):
     words: list  # W strings
     sims: list  # similarities of words to frames (W, N), before and after
     pictures: list  # addresses of the N frames
+    clocks: list  # their times, to read
     first: float = 0.0  # where the file's clock is at its first frame, in seconds
     problem: str = ""  # why there are no frames
 
@@ -125,11 +127,12 @@ def look(model, query, hit, segment):
     except VideoError as error:
         # The reason alone, without the path on this machine.
         reason = str(error).removeprefix(f"{hit['path']}: ")
-        return Look([], [torch.zeros(0, 0)] * 2, [], problem=reason)
+        return Look([], [torch.zeros(0, 0)] * 2, [], [], problem=reason)
     words, before, after = interactions(model, query, frames)
     pictures = [picture_address(frame) for frame in frames]
+    clocks = frame_clocks(hit, len(frames), timing, segment)
     first = timing.times[0] * timing.tick
-    return Look(words, [before.cpu(), after.cpu()], pictures, first)
+    return Look(words, [before.cpu(), after.cpu()], pictures, clocks, first)
 
 def picture_address(frame):
     """A frame uint8 (3, S, S) -> an address that holds it as a small JPEG."""
@@ -139,14 +142,11 @@ def picture_address(frame):
     picture.save(data, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
 
-def frame_clocks(hit, N, segment):
+def frame_clocks(hit, N, timing, segment):
     """The time of each of a hit's N frames, to read."""
-    start, length = hit["start"], (hit["end"] - hit["start"]) / N
-    if not segment:
-        # The hit is one frame's share; its end is rounded less than its length is.
-        start, length = 0.0, hit["end"] / (hit["frame"] + 1)
-    digits = 0 if length >= 5 else 1
-    return [clock(start + (n + 0.5) * length, digits) for n in range(N)]
+    part = (hit["start"], hit["end"]) if segment else (0.0, video_seconds(timing))
+    digits = 0 if part[1] - part[0] >= 5 * N else 1
+    return [clock(time, digits) for time in sample_seconds(N, *part)]
 
 # ---- Text, addresses and HTML
 def safe(text):
@@ -172,16 +172,16 @@ def draw_hit(rank, hit, seen, page, segment, low, high):
 {span(hit, segment)}: score&nbsp;<b>{hit['score']:.3f}</b>
 = F&nbsp;{hit['F']:.3f} + V&nbsp;{hit['V']:.3f}</header>
 {media}
-{draw_table(hit, seen, segment, low, high)}</article>
+{draw_table(hit, seen, low, high)}</article>
 """
 
-def draw_table(hit, seen, segment, low, high):
+def draw_table(hit, seen, low, high):
     """The frames of a hit in one row, and below them their similarities to the words."""
     N = len(seen.pictures)
     if not N:
         return ""
     cells = []
-    for n, time in enumerate(frame_clocks(hit, N, segment)):
+    for n, time in enumerate(seen.clocks):
         best = ' class="best"' if n == hit["frame"] else ""
         picture = f'<img src="{seen.pictures[n]}" alt="frame {n + 1}">'
         cells.append(f"<th{best}>{picture}{time}</th>")

@@ -88,3 +88,7 @@ def quote(numbers):
     """The paper's numbers as one cell."""
     cells = ["–" if x is None else show(name, [x]) for name, x in zip(METRICS, numbers)]
     return " / ".join(cells)
+
+def markdown(header, rows):
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

@@ -16,28 +16,19 @@ import itertools
 import statistics
 import sys
 from dataclasses import asdict, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
-
-import torch
-from torch.nn.functional import normalize
 
 import train
 from extras import shapes
 from extras.figures import draw_bars, draw_interactions, interactions, keep
-from extras.bench import median_seconds
-from extras.paper import BACKBONES, COST, METRICS, SIGLIP, TABLES, quote, show
+from extras.cost import cost_table
+from extras.paper import BACKBONES, METRICS, SIGLIP, TABLES, markdown, quote, show
 from train import (
     MAY_CHANGE, WORLD, parse_settings, pick_device, read_result, read_settings, run_main)
 from video_colbert import (
-    InputError, VideoColBERT, mean_max_sim, mms_fv, ranks, reciprocal_rank_fusion,
-    sample_frames)
-
-# ---- Markdown
-def markdown(header, rows):
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    InputError, VideoColBERT, mms_fv, ranks, reciprocal_rank_fusion, sample_frames)
 
 # ---- Runs
 @cache
@@ -149,9 +140,16 @@ def query_ranks(folder, s, device):
 # ---- Tables
 def changed_flags(s):
     """The settings that differ from the defaults of their data and backbone, as flags."""
-    default = asdict(parse_settings(["--data", s.data, "--backbone", s.backbone]))
-    return [f"--{name.replace('_', '-')} {value}" for name, value in identity(s).items()
-            if value != default[name]]
+    default, flags = asdict(parse_settings(["--data", s.data, "--backbone", s.backbone])), []
+    for name, value in identity(s).items():
+        flag = name.replace("_", "-")
+        if value == default[name]:
+            continue
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            flags.append(f"--{flag} {value}")
+    return flags
 
 def missing_note(record):
     train_clips = record.get("missing_train", 0)  # older runs do not say
@@ -189,6 +187,9 @@ def trained_table(number, argv, s, seeds, device):
     for name, flags, score, paper in rows:
         is_siglip = flags[:2] == SIGLIP
         if is_siglip and s.backbone not in BACKBONES:  # a tiny model's table is without it
+            continue
+        if is_siglip and s.pretrained not in ("auto", "none"):
+            warn_once(f"without {name}: --pretrained {s.pretrained} is for {s.backbone}")
             continue
         folders = runs_of(argv, flags, seeds, device)
         records = [read_result(folder) for folder in folders]
@@ -266,39 +267,6 @@ def queries_table(argv, s, device, number=5):
     title = "Table 6: the queries that query augmentation improves and degrades most"
     header = ["query", "rank before", "rank after", "change"]
     return describe(title, s, records) + "\n\n" + markdown(header, lines)
-
-@torch.no_grad()
-def cost_table(s, device, gallery=1000, videos=8, repeat=19):
-    """Table 11 as Markdown, with random weights and pixels."""
-    model = VideoColBERT(replace(s, pretrained=None)).to(device).eval()
-    size, d, N = model.image_size, model.width, s.num_frames
-    frames = torch.randint(0, 256, (videos, N, 3, size, size), dtype=torch.uint8).to(device)
-    images = (frames.flatten(0, 1).float() - model.mean) / model.std
-    ids = torch.randint(2, 30000, (1, model.num_tokens), device=device)
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    F = normalize(torch.randn(gallery, N, d, device=device), dim=-1)
-    V = normalize(torch.randn(gallery, N + s.visual_expansion, d, device=device), dim=-1)
-
-    def answer(*levels):
-        Q = model.encode_query(ids)
-        return sum(mean_max_sim(Q, level, mask) for level in levels).topk(10)
-
-    # The calls take turns, so that a busy machine is busy for all of them.
-    calls = [partial(model.backbone.visual, images), partial(model.encode_video, frames),
-             partial(answer, F), partial(answer, V), partial(answer, F, V)]
-    with train.autocast(device):
-        costs = [1000 * seconds for seconds in median_seconds(device, *calls, repeat=repeat)]
-    frame_cost, video_cost = costs[0] / videos, costs[1] / videos
-    lines = []
-    for name, index_cost, query_cost in (("MMS_F", frame_cost, costs[2]),
-                                         ("MMS_V", video_cost, costs[3]),
-                                         ("MMS_FV", video_cost, costs[4])):
-        lines.append([name, f"{index_cost:.2f}", f"{query_cost:.2f}", COST[name]])
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    header = ["", "indexing, ms per video", "query, ms", "the paper's, on an A5000, and R@1"]
-    return (f"Table 11: cost. {s.backbone}, {N} frames, {videos} videos at a time, query "
-            f"against {gallery} videos; {machine}, {torch.get_num_threads()} threads, torch "
-            f"{torch.__version__}\n\n{markdown(header, lines)}")
 
 # ---- Figures
 def draw_augmentation(argv, s, device):

@@ -10,8 +10,8 @@
 --segment, videos are indexed in overlapping parts of that many seconds, and `search` prints the
 time of the part, or of neighbours joined. `explain` draws which frame each word picks. --html
 writes a page with players (extras/page.py). --model is a run's folder, or an open_clip name
-for a model that was never trained on video. Search is exact; extras/export.py exports an index
-to engines.
+for a model that was never trained on video. The score is F + V, also if only one of them was
+trained (--lambda-video 0). Search is exact; extras/export.py exports an index to engines.
 """
 import argparse
 import json
@@ -19,6 +19,7 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from extras.figures import (
@@ -27,7 +28,8 @@ from extras.long_videos import sample_long_video
 from extras.page import check_page, write_page
 from extras.video_index import VideoIndex, fingerprint, video_seconds
 from train import pick_device, run_main
-from video_colbert import Config, InputError, VideoColBERT, frame_times, mms_fv
+from video_colbert import (
+    Config, InputError, VideoColBERT, frame_times, mms_fv, sample_seconds)
 
 # A segment is joined to an overlapping hit if it loses at most this share of the hit's lead
 # over the median: all segments that show a little of the moment have some good frames.
@@ -79,7 +81,8 @@ def best_hits(index, Q, F, V, k):
         overlapped = [hit for hit in hits if hit["path"] == path
                       and start < hit["end"] and hit["start"] < end]
         if not overlapped and len(hits) < k:
-            best = start + (best_frame(index.vectors[row], Q, N) + 0.5) / N * (end - start)
+            n = best_frame(index.vectors[row], Q, N)
+            best = sample_seconds(N, start, end)[n].item()
             least = score - MERGE * (score - typical)
             hits.append(dict(path=path, score=score, F=F[row].item(), V=V[row].item(),
                              start=start, end=end, best=best, least=least))
@@ -90,12 +93,20 @@ def best_hits(index, Q, F, V, k):
 
     for hit in hits:
         del hit["least"]
-        length = (hit["end"] - hit["start"]) / N
-        n = int((hit.pop("best") - hit["start"]) / length)  # of N frames of the hit
+        times = sample_seconds(N, hit["start"], hit["end"])
+        n = int(np.abs(times - hit.pop("best")).argmin())  # of N frames of the hit
+        start, end = hit["start"], hit["end"]
         if not index.meta["segment"]:
-            hit.update(start=n * length, end=(n + 1) * length)
-        hit.update(start=round(hit["start"], 2), end=round(hit["end"], 2), frame=n)
+            start, end = part_of_frame(n, N, end)
+        hit.update(start=round(start, 2), end=round(end, 2), frame=n)
     return hits
+
+def part_of_frame(n, N, seconds):
+    """Start and end of the part of a video to which the n-th of its N frames is nearest."""
+    times = sample_seconds(N, 0.0, seconds)
+    between = (times[1:] + times[:-1]) / 2
+    edges = [0.0, *between.tolist(), seconds]
+    return edges[n], edges[n + 1]
 
 def best_frame(vectors, Q, N):
     """The frame nearest to the query's tokens on average, over both levels."""
@@ -113,9 +124,9 @@ def hit_of_video(model, query, path, frames):
 
     N = len(frames)
     n = best_frame(torch.cat([F[0], V[0]]), Q[mask], N)
-    length = video_seconds(frame_times(path)) / N
+    start, end = part_of_frame(n, N, video_seconds(frame_times(path)))
     return dict(path=path, score=mms_fv(mms_f, mms_v).item(), F=mms_f.item(), V=mms_v.item(),
-                start=n * length, end=(n + 1) * length, frame=n)
+                start=start, end=end, frame=n)
 
 # ---- The command line
 def open_model(name, device):

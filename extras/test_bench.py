@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from extras import bench
+from test_video_colbert import write_clip
 from video_colbert import frame_times, mean_max_sim, sample_frames
 
 CPU = torch.device("cpu")
@@ -49,6 +50,24 @@ def test_decord_and_we_read_the_same_frames(tmp_path):
     theirs = torch.from_numpy(bench.decord_frames(clips[0].path, 4, 64)).float()
     assert (ours - theirs).abs().mean() < 5
     assert (ours[:-1] - theirs[1:]).abs().mean() > 5
+
+def test_decoding_is_measured_on_the_part_that_a_clip_is(tmp_path, monkeypatch):
+    """As it is read for the cache, and by decord."""
+    write_clip(tmp_path / "a.mp4", 20, rate=5)
+    clip = bench.Clip(str(tmp_path / "a.mp4"), ["a"], 1.0, 3.0)
+    monkeypatch.setattr(bench, "some_clips", lambda *args: ([clip], "some"))
+    asked, sample = [], bench.sample_frames
+    def noted(*args):
+        asked.append(args[3:])
+        return sample(*args)
+    monkeypatch.setattr(bench, "sample_frames", noted)
+    s = bench.parse_settings(["--backbone", "tiny", "--batch-size", "1", "--num-frames", "4"])
+    bench.bench_clips(s, 48, CPU)
+    assert set(asked) == {(1.0, 3.0)}
+    if bench.decord:
+        ours = sample(clip.path, 4, 64, 1.0, 3.0).permute(0, 2, 3, 1).float()
+        theirs = bench.decord_frames(clip.path, 4, 64, 1.0, 3.0)
+        assert (ours - torch.from_numpy(theirs).float()).abs().mean() < 5
 
 def test_calls_take_turns_and_the_first_turn_does_not_count(monkeypatch):
     """A clock that only the calls advance: the median of 1, 2, 3 seconds, and of 10, 20, 30."""

@@ -152,7 +152,7 @@ def test_frames_are_normalised_as_the_weights_want_and_a_saved_model_remembers(
     """`laion2b_s32b_b82k` of ViT-L-14 was trained with 0.5 where ViT-L-14 has CLIP's mean."""
     monkeypatch.setattr(open_clip, "CustomTextCLIP", lambda **config: torch.nn.Identity())
     monkeypatch.setattr(open_clip, "download_pretrained", lambda source: "file")
-    monkeypatch.setattr(video_colbert, "load_weights", lambda model, file: None)
+    monkeypatch.setattr(video_colbert, "load_weights", lambda *args: None)
     _, mean, std = video_colbert.load_backbone("ViT-L-14", "laion2b_s32b_b82k")
     assert tuple(mean) == tuple(std) == (0.5, 0.5, 0.5)
     assert video_colbert.load_backbone("ViT-L-14", "none")[1] == open_clip.OPENAI_DATASET_MEAN
@@ -377,6 +377,19 @@ def test_msrvtt_is_read_wherever_its_videos_are(tmp_path, videos):
     assert found == {f"{root}/{videos}/video{i}.mp4": CAPTIONS[f"video{i}"] for i in (0, 2, 3)}
     assert data["test"] == [train.Clip(f"{root}/{videos}/video1.mp4", ["the query, of 1"]),
                             train.Clip(f"{root}/{videos}/video4.mp4", ["query 4"])]
+
+def test_two_videos_of_one_name_are_copies_or_an_error(tmp_path):
+    """The synthetic clips, for example, have MSR-VTT's names."""
+    root = write_msrvtt(tmp_path)
+    (root / "copy").mkdir()
+    shutil.copy(root / "videos/video1.mp4", root / "copy")
+    s = train.Settings(data="msrvtt", root=str(root))
+    assert train.load_clips(s)["test"][0].path == f"{root}/copy/video1.mp4"
+    (root / "shapes").mkdir()
+    (root / "shapes/video1.mp4").write_text("another")
+    message = "copy/video1.mp4 and .*shapes/video1.mp4 differ: use a --root with one of them"
+    with pytest.raises(InputError, match=message):
+        train.load_clips(s)
 
 def test_missing_data_is_noticed_before_weights_are_fetched_and_says_where_to_get_it(tmp_path):
     message = (r"MSR-VTT in .*nowhere(.|\n)*curl -L -C - -O https://.*MSRVTT.zip\n"
@@ -1149,6 +1162,7 @@ def test_a_batch_is_a_multiple_of_the_processes(monkeypatch):
         with pytest.raises(InputError) as error:
             train.parse_settings(["--batch-size", str(size)])
         assert str(error.value) == "--batch-size must be a multiple of 3 processes"
+        train.check_settings(train.Settings(batch_size=size, eval_only="a"))  # has no batches
 
 def test_evaluation_encodes_no_more_videos_at_a_time_than_training(data, monkeypatch):
     sizes, encode_video = [], VideoColBERT.encode_video

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import train
-from extras import reproduce, shapes
+from extras import cost, reproduce, shapes
 from extras.reproduce import TABLES, main
 from test_video_colbert import SMALL, records, write_json_lines
 from video_colbert import InputError, VideoColBERT, sample_frames
@@ -146,7 +146,7 @@ def test_table_6_figures_3_and_4_and_table_1_come_from_the_runs(tmp_path, monkey
         assert torch.equal(frames, sample_frames(f"MSRVTT/{i}/clip.mp4", 3, 48))
     for number in (3, 4):
         assert Image.open(f"runs/figure-{number}-clips.png").width > 250
-    assert "| msrvtt | tiny | runs/clips |" in out and "--query-augmentation False" in out
+    assert "| msrvtt | tiny | runs/clips |" in out and "--no-query-augmentation" in out
     assert "| msvd | ViT-B-16-SigLIP | no run |" in out and "48.1 / 74.9 / 83.9 / 0.652" in out
 
 def test_table_6_sorts_by_the_change_from_off_to_on_and_figure_3_averages_it(data, monkeypatch):
@@ -340,6 +340,26 @@ def test_the_papers_numbers_stand_beside_msrvtt_and_say_whose_they_are(data, mon
                           "gallery of 9 clips, 5 epochs, seed 0, 2 test and 0 training clips "
                           "missing: not comparable; one; two\n")
 
+def test_the_flags_above_a_table_can_be_typed(data):
+    typed = [*FLAGS, "--no-query-augmentation", "--learn-scale", "--num-frames", "2"]
+    s = train.parse_settings(typed)
+    flags = " ".join(reproduce.changed_flags(s)).split()
+    typed = train.parse_settings(["--data", s.data, "--backbone", s.backbone, *flags])
+    assert reproduce.identity(typed) == reproduce.identity(s)
+
+def test_weights_from_a_file_are_not_tried_in_siglip(data, monkeypatch, capsys):
+    """Table 5 has two rows of SigLIP, whose backbone the file does not fit."""
+    row = dict(direction="text to video", queries=2, score="MMS_FV", **{
+        name: 1.0 for name in reproduce.METRICS})
+    record = dict(evaluation=[row, {**row, "direction": "video to text"}], gallery=2, missing=0,
+                  machine="one")
+    monkeypatch.setattr(reproduce, "runs_of", lambda *args: ["runs/x"])
+    monkeypatch.setattr(reproduce, "read_result", lambda run: record)
+    main(["--table", "5", "--data", "clips.jsonl", "--pretrained", "ViT-B-32.pt"])
+    out = capsys.readouterr()
+    assert {"off", "on"} < cells(out.out).keys() and "SigLIP" not in out.out
+    assert "without SigLIP, on: --pretrained ViT-B-32.pt is for ViT-B-32-quickgelu" in out.err
+
 def test_figures_read_frames_from_the_cache_that_is_asked_for(data):
     main([*FLAGS, "--seeds", "1", "--cache", "first"])
     os.rename("first", "second")
@@ -347,11 +367,11 @@ def test_figures_read_frames_from_the_cache_that_is_asked_for(data):
     assert not os.path.exists("first") and runs_below() == ["clips"]
 
 def test_table_11_measures_without_weights_in_turns(data, monkeypatch):
-    turns, median_seconds = [], reproduce.median_seconds
+    turns, median_seconds = [], cost.median_seconds
     def short(device, *calls, repeat):
         turns.append(len(calls))
         return median_seconds(device, *calls, repeat=1)
-    monkeypatch.setattr(reproduce, "median_seconds", short)
+    monkeypatch.setattr(cost, "median_seconds", short)
     main(["--table", "11", "--backbone", "tiny", "--num-frames", "2", "--device", "cpu"])
     text = Path("runs/table-11-msrvtt.md").read_text()
     row = cells(text)["MMS_FV"]

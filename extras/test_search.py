@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from PIL import Image
 
 import train
 import video_colbert
-from extras import search, video_index
+from extras import page, search, video_index
 from extras.figures import draw_hits, interactions, printable
 from extras.search import find_hits, main
 from extras.video_index import VideoIndex, find_videos, fingerprint
@@ -118,6 +119,28 @@ def test_search_is_the_brute_force_ranking(tmp_path, clips, tiny):
             span = n, round(n / 3, 2), round((n + 1) / 3, 2)      # 2 seconds in 6 parts
             assert (hit["frame"], hit["start"], hit["end"]) == span
 
+def test_times_are_those_of_other_frames_if_a_reader_takes_others(tmp_path, tiny, monkeypatch):
+    """One frame each second from the start of 20 seconds, instead of the middles of six equal
+    parts. The time of a hit is the part to which its frame is nearest."""
+    write_clip(tmp_path / "a.mp4", 20, rate=1)
+    def each_second(num_frames, start, end):
+        return np.minimum(start + np.arange(num_frames) + 0.5, end)
+    for module in (video_colbert, search, page):
+        monkeypatch.setattr(module, "sample_seconds", each_second)
+    index, _ = VideoIndex.build(tmp_path, tiny, tmp_path / "index")
+    seen = set()
+    for query in QUERIES:
+        (hit,), = find_hits(index, tiny, [query])
+        n = hit["frame"]
+        end = 20.0 if n == 5 else n + 1.0
+        assert (hit["start"], hit["end"]) == (float(n), end)
+        seen.add(n)
+        frames = sample_frames(hit["path"], 6, 48)
+        other = search.hit_of_video(tiny, query, hit["path"], frames)
+        assert (other["start"], other["end"], other["frame"]) == (hit["start"], hit["end"], n)
+        look = page.look(tiny, query, hit, 0)
+        assert look.clocks == [f"00:0{i}.5" for i in range(6)]
+
 def test_videos_are_found_by_their_ending_in_order_and_links_are_followed_once(tmp_path):
     numbered = [f"{i}/{i}.ts" for i in range(8)]
     for name in ("root/z/2.MP4", "root/z/1.mkv", "root/b/3.avi", "root/b/notes.txt", "away/4.webm",
@@ -210,7 +233,7 @@ def test_a_killed_build_continues(tmp_path, clips, tiny, monkeypatch, encoded):
             shutil.copytree(tmp_path / "killed", tmp_path / "index")
         return encode(frames)
     with monkeypatch.context() as patch:
-        patch.setattr(video_index, "SAVE_EVERY", 1)
+        patch.setattr(video_index, "SAVE_EVERY", -1)  # after each video
         patch.setattr(tiny, "encode_video", copy_index)
         VideoIndex.build(clips, tiny, tmp_path / "killed", batch_size=1)
     with open(array(tmp_path / "index"), "ab") as file:
@@ -263,7 +286,7 @@ def test_an_update_that_is_killed_anywhere_leaves_what_was_complete(tmp_path, cl
     (clips / "0.mp4").unlink()
     for i in range(3):
         write_clip(clips / f"new{i}.mp4", 3)
-    monkeypatch.setattr(video_index, "SAVE_EVERY", 2)
+    monkeypatch.setattr(video_index, "SAVE_EVERY", -1)  # after each video
 
     def update(kill_at):
         calls = itertools.count()
@@ -294,7 +317,7 @@ def test_an_update_that_is_killed_anywhere_leaves_what_was_complete(tmp_path, cl
         counts.append(len(find_hits(index, tiny, ["a dog"], 99)[0]))
         assert counts[-1] == len(index.videos)
     assert status == 0 and len(counts) > 15
-    assert counts[0] == 12 and set(counts) == {11, 12, 14} and counts[-1] == 14
+    assert counts[0] == 12 and set(counts) == {11, 12, 13, 14} and counts[-1] == 14
     assert len(os.listdir(tmp_path / "index")) == 3
 
 def test_an_index_does_not_lose_everything_to_a_drive_that_is_not_mounted(tmp_path, clips, tiny,
@@ -351,12 +374,14 @@ def test_a_linked_folder_that_is_away_keeps_its_videos(tmp_path, clips, tiny, en
     assert sorted(names(index)) == sorted(paths) and sum(encoded) == count
 
 def test_a_long_build_saves_on_the_way(tmp_path, clips, tiny, monkeypatch):
-    """With SAVE_EVERY 5 and batches of 2, after 5 videos and 10, and at both ends."""
+    """At both ends, and after each minute, if a video takes 13 seconds. A build that is killed
+    loses no more."""
     saved, save = [], VideoIndex.save
     def counted(self):
         save(self)
         saved.append(len(json.loads((tmp_path / "index/index.json").read_text())["videos"]))
-    monkeypatch.setattr(video_index, "SAVE_EVERY", 5)
+    clock = types.SimpleNamespace(monotonic=itertools.count(0, 13).__next__)
+    monkeypatch.setattr(video_index, "time", clock)
     monkeypatch.setattr(VideoIndex, "save", counted)
     VideoIndex.build(clips, tiny, tmp_path / "index", batch_size=2)
     assert saved == [0, 5, 10, 12]

@@ -66,6 +66,17 @@ def test_openais_archive_loads(small_clip, tmp_path):
         if name != "logit_scale":
             assert torch.equal(state[name], tensor.half().float()), name
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_openais_archive_is_refused_without_quickgelu(small_clip, tmp_path, monkeypatch):
+    """As the tag openai is."""
+    config = {**SMALL_CLIP, "quick_gelu": False}
+    monkeypatch.setattr(open_clip, "get_model_config", lambda name: config)
+    write_openai_archive(small_clip, tmp_path / "ViT-B-32.pt")
+    with pytest.raises(InputError, match="use QuickGELU: add -quickgelu to the name"):
+        VideoColBERT(Config(backbone="ViT-B-32", pretrained=str(tmp_path / "ViT-B-32.pt")))
+    torch.save(small_clip, tmp_path / "open_clip.pt")  # does not say what it needs
+    VideoColBERT(Config(backbone="ViT-B-32", pretrained=str(tmp_path / "open_clip.pt")))
+
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_an_open_clip_checkpoint_with_numpy_numbers_loads(small_clip, tmp_path, prefix):
     weights = {prefix + name: tensor for name, tensor in small_clip.items()}

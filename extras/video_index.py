@@ -12,6 +12,7 @@ import json
 import math
 import os
 import sys
+import time
 import uuid
 import warnings
 from functools import partial
@@ -28,7 +29,7 @@ from train import CACHE_VERSION, atomic_write, autocast, locked, prefetch, user_
 from video_colbert import (
     InputError, Timing, VideoError, frame_times, mean_max_sim, sample_times)
 
-SAVE_EVERY = 256  # videos
+SAVE_EVERY = 60  # seconds
 PIECE = 32  # segments of a video that are decoded in one pass
 
 # Beside the weights, these settings decide a model's vectors.
@@ -220,6 +221,7 @@ class VideoIndex:
         for path in self.folder.glob(f"vectors-{digits}.f16"):
             if path.name != self.meta["vectors"]:
                 path.unlink()
+        self.saved_at = time.monotonic()
 
     @classmethod
     def build(cls, root, model, folder, name="", batch_size=16, workers=4, segment=0,
@@ -347,7 +349,7 @@ class VideoIndex:
                 with open(self.folder / self.meta["vectors"], "ab") as file:
                     file.write(np.stack(encoded.pop(video.path)).tobytes())
                 self.videos.append(video)
-                if len(self.videos) % SAVE_EVERY == 0:
+                if time.monotonic() - self.saved_at > SAVE_EVERY:
                     self.save()
         return len(self.videos) - before
 
