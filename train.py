@@ -260,10 +260,7 @@ def msrvtt_records(root):
     test_rows = find_files(root, "MSRVTT_JSFUSION_test.csv")
     videos = {}
     for path in find_files(root, "*.mp4"):
-        first = videos.setdefault(Path(path).stem, path)
-        # A copy does no harm. But other datasets, too, name their videos video0 and so on.
-        if path != first and file_id(path) != file_id(first):
-            raise InputError(f"{first} and {path} differ: use a --root with one of them")
+        videos.setdefault(Path(path).stem, []).append(path)
     if not (annotation and train_rows and test_rows and videos):
         raise InputError(f"no MSR-VTT in {root}: use --root FOLDER{MSRVTT_HELP}")
 
@@ -277,8 +274,12 @@ def msrvtt_records(root):
             with user_errors(file):
                 video = row["video_id"]
                 texts = captions[video] if split == "train" else [row["sentence"]]
-                path = videos.get(video, video)  # a missing one counts as unreadable
-            yield file, dict(video=path, captions=texts, split=split)
+            paths = videos.get(video, [video])  # a missing one counts as unreadable
+            # Copies of a file do no harm, but another dataset may use the same names.
+            for copy in paths[1:]:
+                if file_id(copy) != file_id(paths[0]):
+                    raise InputError(f"{paths[0]} and {copy} differ: use another --root")
+            yield file, dict(video=paths[0], captions=texts, split=split)
 
 def read_rows(file):
     return list(csv.DictReader(file))
@@ -533,7 +534,8 @@ def backward_in_parts(model, scaler, s, ids, mask, frames, positives):
     count = math.ceil(len(frames) / s.micro_batch)
     # A part's captions need not belong to its videos: here they are only encoded.
     parts = list(zip(ids.tensor_split(count), frames.tensor_split(count)))
-    # If a reader adds dropout, both passes over a part must drop the same values.
+    # If a reader adds dropout, both passes over a part must drop the same values. So
+    # each part sets a seed. The next step goes on from the last one.
     seed = torch.initial_seed() + 1
 
     # 1. Embed all parts without keeping activations.
@@ -839,7 +841,8 @@ def results_table(result):
 
     best = result["best"]
     if best:
-        score = best.get("score", "MMS_FV")  # older logs do not name it
+        # Older logs do not name the score: it was the sum.
+        score = best.get("score", result["evaluation"][2]["score"])
         names = ("R@1", "R@5", "R@10", "nDCG@10")
         metrics = " ".join(f"{name} {best[name]:.4g}" for name in names)
         lines.append("best epoch on the test set, which CLIP4Clip, DRL and UATVR report: "

@@ -589,7 +589,7 @@ def sample_times(path, timing, num_frames, start=0.0, end=None):
     return times[np.searchsorted(times, moments, side="right") - 1]
 
 def sample_seconds(num_frames, start, end):
-    """The middles, (num_frames,) in seconds, of equal segments."""
+    """The middles, (num_frames,) in seconds and ascending, of equal segments."""
     return start + (np.arange(num_frames) + 0.5) / num_frames * (end - start)
 
 def frames_at(path, timing, wanted, size):

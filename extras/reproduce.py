@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import io
 import itertools
+import shlex
 import statistics
 import sys
 from dataclasses import asdict, replace
@@ -148,7 +149,7 @@ def changed_flags(s):
         if isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            flags.append(f"--{flag} {value}")
+            flags.append(f"--{flag} {shlex.quote(str(value))}")
     return flags
 
 def missing_note(record):
@@ -188,7 +189,8 @@ def trained_table(number, argv, s, seeds, device):
         is_siglip = flags[:2] == SIGLIP
         if is_siglip and s.backbone not in BACKBONES:  # a tiny model's table is without it
             continue
-        if is_siglip and s.pretrained not in ("auto", "none"):
+        # A file or a tag of weights fits one backbone.
+        if is_siglip and s.backbone != SIGLIP[1] and s.pretrained not in ("auto", "none"):
             warn_once(f"without {name}: --pretrained {s.pretrained} is for {s.backbone}")
             continue
         folders = runs_of(argv, flags, seeds, device)

@@ -61,13 +61,45 @@ def test_decoding_is_measured_on_the_part_that_a_clip_is(tmp_path, monkeypatch):
         asked.append(args[3:])
         return sample(*args)
     monkeypatch.setattr(bench, "sample_frames", noted)
+    by_decord, decord_frames = set(), bench.decord_frames
+    def noted_by_decord(*args):
+        by_decord.add(args[3:])
+        return decord_frames(*args)
+    monkeypatch.setattr(bench, "decord_frames", noted_by_decord)
     s = bench.parse_settings(["--backbone", "tiny", "--batch-size", "1", "--num-frames", "4"])
-    bench.bench_clips(s, 48, CPU)
+    bench.bench_clips(s, 64, CPU)
     assert set(asked) == {(1.0, 3.0)}
     if bench.decord:
+        assert by_decord == {(1.0, 3.0)}
         ours = sample(clip.path, 4, 64, 1.0, 3.0).permute(0, 2, 3, 1).float()
-        theirs = bench.decord_frames(clip.path, 4, 64, 1.0, 3.0)
+        theirs = decord_frames(clip.path, 4, 64, 1.0, 3.0)
         assert (ours - torch.from_numpy(theirs).float()).abs().mean() < 5
+        ours = sample(clip.path, 4, 64, 1.0, 99.0).permute(0, 2, 3, 1).float()
+        theirs = decord_frames(clip.path, 4, 64, 1.0, 99.0)  # the end is the video's
+        assert (ours - torch.from_numpy(theirs).float()).abs().mean() < 5
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_the_lines_of_a_step_have_the_times_that_were_measured(monkeypatch, compiles):
+    """Six parts take 1 to 6 s, a step 10 s, one with micro-batches 25 s. Compiled, it would be
+    compiled anew for these, so they are left out."""
+    counts, compiled = [], []
+    def measured(device, *calls, repeat):
+        counts.append(len(calls))
+        return [1, 2, 3, 4, 5, 6, 10, 25][:len(calls)]
+    monkeypatch.setattr(bench, "median_seconds", measured)
+    def compile_module(module):
+        compiled.append(module)
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_module)
+    flags = ["--backbone", "tiny", "--batch-size", "8", "--num-frames", "2"]
+    s = bench.parse_settings(["--data", "msrvtt", *flags, *["--compile"] * compiles])
+    text = "\n".join(bench.bench_step(s, bench.VideoColBERT(s), CPU))
+    assert "tiny: 10000.0 ms, 0.8 pairs/s" in text
+    assert re.search(r"\n  loss +5000\.0 ms +50\.0%\n", text)
+    assert "all but the two encoders 180.0%" in text
+    assert "would take 312.50 h" in text  # 112,500 steps of 8 pairs
+    assert ("--micro-batch 2: 2.50 of the time" in text) == (not compiles)
+    assert ("the first step took" in text) == compiles
+    assert counts == [8 - compiles] and len(compiled) == 3 * compiles
 
 def test_calls_take_turns_and_the_first_turn_does_not_count(monkeypatch):
     """A clock that only the calls advance: the median of 1, 2, 3 seconds, and of 10, 20, 30."""

@@ -386,8 +386,11 @@ def test_two_videos_of_one_name_are_copies_or_an_error(tmp_path):
     s = train.Settings(data="msrvtt", root=str(root))
     assert train.load_clips(s)["test"][0].path == f"{root}/copy/video1.mp4"
     (root / "shapes").mkdir()
+    # No test or training clip.
+    (root / "shapes/video5.mp4").write_text("another")
+    assert len(train.load_clips(s)["test"]) == 2
     (root / "shapes/video1.mp4").write_text("another")
-    message = "copy/video1.mp4 and .*shapes/video1.mp4 differ: use a --root with one of them"
+    message = "copy/video1.mp4 and .*shapes/video1.mp4 differ: use another --root"
     with pytest.raises(InputError, match=message):
         train.load_clips(s)
 

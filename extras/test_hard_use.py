@@ -286,13 +286,15 @@ def test_the_best_epoch_on_the_test_set_is_reported_and_selects_nothing(data, ca
     best = max(tests, key=lambda line: line["R@1"])
     assert records("a")[-1]["best"] == best
     assert (f"which CLIP4Clip, DRL and UATVR report: epoch {best['epoch']}, "
-            f"MMS_FV R@1 {best['R@1']:.4g} R@5 {best['R@5']:.4g}") in table
+            f"MMS_FV R@1 {best['R@1']:.4g} R@5 {best['R@5']:.4g} R@10 {best['R@10']:.4g} "
+            f"nDCG@10 {best['nDCG@10']:.4g}\n") in table
     assert contents("a")["model.safetensors"] == contents("b")["model.safetensors"]
     assert "best epoch" not in capsys.readouterr().out
 
 @pytest.mark.parametrize("flags, score", [
     (["--lambda-video", "0"], "MMS_F"), (["--lambda-frame", "0"], "MMS_V"),
     (["--lambda-video", "0", "--loss-form", "combined"], "MMS_FV"),
+    (["--lambda-frame", "0", "--loss-form", "combined"], "MMS_FV"),
     (["--lambda-video", "0", "--interaction", "mp"], "MP_F")])
 def test_epochs_are_compared_by_the_score_that_is_trained(data, capsys, flags, score):
     """The log's lines have that row's numbers of the table, and say which it is."""
@@ -304,13 +306,13 @@ def test_epochs_are_compared_by_the_score_that_is_trained(data, capsys, flags, s
     assert f"report: epoch 0, {score} R@1 {row['R@1']:.4g} " in capsys.readouterr().out
 
 def test_the_best_epoch_of_an_older_log_has_no_name(data, capsys):
-    train.main([*FLAGS, "--epochs", "1", "--eval-every", "1", "--out", "a"])
+    train.main([*FLAGS, "--interaction", "mp", "--epochs", "1", "--eval-every", "1", "--out", "a"])
     lines = records("a")
     del lines[-1]["best"]["score"]
     write_lines(data / "a" / "log.jsonl", *lines)
     capsys.readouterr()
     train.main(["--resume", "a"])
-    assert "report: epoch 0, MMS_FV R@1 " in capsys.readouterr().out
+    assert "report: epoch 0, MP_FV R@1 " in capsys.readouterr().out
 
 def test_a_second_start_on_a_folder_changes_nothing_of_the_first(data, monkeypatch):
     """It found the folder free, and decoded while the first one began."""

@@ -14,12 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
+from extras import page
 from extras.figures import interactions
 from extras.page import draw_cells, picture_address, write_page
 from extras.search import find_hits, main
 from extras.video_index import VideoIndex
 from test_video_colbert import write_clip
-from video_colbert import Config, InputError, VideoColBERT, sample_frames
+from video_colbert import Config, InputError, Timing, VideoColBERT, sample_frames
 
 CHROMIUM = "/usr/bin/chromium"
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
@@ -128,6 +129,19 @@ def test_a_page_has_the_hits_in_order_each_with_its_player_scores_and_frames(
         best = ["best" if n == hit["frame"] else None for n in range(6)]
         assert marked[6 * i:6 * i + 6] == best
     assert len(pictures) == 6 * len(hits)
+
+@pytest.mark.parametrize("segment, start, end, clocks", [
+    (2, 4.0, 10.0, ["00:05.0", "00:07.0", "00:09.0"]),
+    (0, 0.0, 2.0, ["00:02.0", "00:06.0", "00:10.0"]),
+    (0, 0.0, 5.0, ["00:02", "00:08", "00:12"]), (15, 0.0, 15.0, ["00:02", "00:08", "00:12"]),
+    (14.9, 0.0, 14.9, ["00:02.5", "00:07.4", "00:12.4"])])
+def test_the_times_of_frames_are_those_of_the_hit_or_of_the_whole_video(
+        segment, start, end, clocks):
+    """With a tenth of a second if there are less than five seconds from frame to frame."""
+    seconds = 12.0 if end == 2.0 else 15.0
+    timing = Timing(np.array([3000, 3500]), 3000 + 1000 * seconds, 0.001, True)
+    hit = {"start": start, "end": end}
+    assert page.frame_clocks(hit, 3, timing, segment) == clocks
 
 def test_the_tables_are_each_words_similarity_to_each_frame(tmp_path, clips, tiny):
     """Before and after the temporal transformer; the largest of a word is outlined, and a

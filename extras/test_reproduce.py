@@ -1,6 +1,7 @@
 """Tables and figures come from the runs that they name, and each run is made once."""
 import json
 import os
+import shlex
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -341,9 +342,10 @@ def test_the_papers_numbers_stand_beside_msrvtt_and_say_whose_they_are(data, mon
                           "missing: not comparable; one; two\n")
 
 def test_the_flags_above_a_table_can_be_typed(data):
-    typed = [*FLAGS, "--no-query-augmentation", "--learn-scale", "--num-frames", "2"]
+    typed = [*FLAGS, "--no-query-augmentation", "--learn-scale", "--num-frames", "2",
+             "--pretrained", "my weights.pt", "--backbone", "ViT-B-32"]
     s = train.parse_settings(typed)
-    flags = " ".join(reproduce.changed_flags(s)).split()
+    flags = shlex.split(" ".join(reproduce.changed_flags(s)))
     typed = train.parse_settings(["--data", s.data, "--backbone", s.backbone, *flags])
     assert reproduce.identity(typed) == reproduce.identity(s)
 
@@ -355,10 +357,14 @@ def test_weights_from_a_file_are_not_tried_in_siglip(data, monkeypatch, capsys):
                   machine="one")
     monkeypatch.setattr(reproduce, "runs_of", lambda *args: ["runs/x"])
     monkeypatch.setattr(reproduce, "read_result", lambda run: record)
-    main(["--table", "5", "--data", "clips.jsonl", "--pretrained", "ViT-B-32.pt"])
+    flags = ["--table", "5", "--data", "clips.jsonl", "--pretrained"]
+    main([*flags, "ViT-B-32.pt"])
     out = capsys.readouterr()
     assert {"off", "on"} < cells(out.out).keys() and "SigLIP" not in out.out
     assert "without SigLIP, on: --pretrained ViT-B-32.pt is for ViT-B-32-quickgelu" in out.err
+    for fits in (["none"], ["siglip.pt", "--backbone", "ViT-B-16-SigLIP"]):
+        main([*flags, *fits])
+        assert {"off", "on", "SigLIP, off", "SigLIP, on"} < cells(capsys.readouterr().out).keys()
 
 def test_figures_read_frames_from_the_cache_that_is_asked_for(data):
     main([*FLAGS, "--seeds", "1", "--cache", "first"])

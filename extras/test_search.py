@@ -121,25 +121,25 @@ def test_search_is_the_brute_force_ranking(tmp_path, clips, tiny):
 
 def test_times_are_those_of_other_frames_if_a_reader_takes_others(tmp_path, tiny, monkeypatch):
     """One frame each second from the start of 20 seconds, instead of the middles of six equal
-    parts. The time of a hit is the part to which its frame is nearest."""
+    parts. A hit's time is the part of the video to which its frame is nearest."""
     write_clip(tmp_path / "a.mp4", 20, rate=1)
     def each_second(num_frames, start, end):
         return np.minimum(start + np.arange(num_frames) + 0.5, end)
     for module in (video_colbert, search, page):
         monkeypatch.setattr(module, "sample_seconds", each_second)
     index, _ = VideoIndex.build(tmp_path, tiny, tmp_path / "index")
-    seen = set()
-    for query in QUERIES:
-        (hit,), = find_hits(index, tiny, [query])
-        n = hit["frame"]
-        end = 20.0 if n == 5 else n + 1.0
-        assert (hit["start"], hit["end"]) == (float(n), end)
-        seen.add(n)
-        frames = sample_frames(hit["path"], 6, 48)
-        other = search.hit_of_video(tiny, query, hit["path"], frames)
-        assert (other["start"], other["end"], other["frame"]) == (hit["start"], hit["end"], n)
-        look = page.look(tiny, query, hit, 0)
-        assert look.clocks == [f"00:0{i}.5" for i in range(6)]
+    (hit,), = find_hits(index, tiny, ["a dog"])
+    n = hit["frame"]
+    assert 0 < n < 5 and (hit["start"], hit["end"]) == (n, n + 1)
+    frames = sample_frames(hit["path"], 6, 48)
+    other = search.hit_of_video(tiny, "a dog", hit["path"], frames)
+    assert (other["start"], other["end"], other["frame"]) == (n, n + 1, n)
+    assert page.look(tiny, "a dog", hit, 0).clocks == [f"00:0{i}.5" for i in range(6)]
+    # The first and the last part reach to the ends.
+    monkeypatch.setattr(search, "sample_seconds", lambda *args: np.array([1.0, 3.0, 4.0]))
+    assert [search.part_of_frame(n, 3, 9.0) for n in range(3)] == [(0, 2), (2, 3.5), (3.5, 9)]
+    monkeypatch.setattr(search, "sample_seconds", lambda *args: np.array([1.0]))
+    assert search.part_of_frame(0, 1, 9.0) == (0, 9)
 
 def test_videos_are_found_by_their_ending_in_order_and_links_are_followed_once(tmp_path):
     numbered = [f"{i}/{i}.ts" for i in range(8)]
