@@ -383,6 +383,12 @@ def test_table_11_measures_without_weights_in_turns(data, monkeypatch):
     row = cells(text)["MMS_FV"]
     assert float(row[1]) > 0 and float(row[2]) > 0 and row[3] == "9.64 / 11.2 / 48.1"
     assert turns == [5] and f"{torch.get_num_threads()} threads" in text
+    # If the encoder takes 800 ms for 8 videos, all of them 1600, and the queries 1, 2, 3.
+    monkeypatch.setattr(cost, "median_seconds", lambda *args, repeat: [.8, 1.6, .001, .002, .003])
+    main(["--table", "11", "--backbone", "tiny", "--num-frames", "2", "--device", "cpu"])
+    rows = cells(Path("runs/table-11-msrvtt-2.md").read_text())
+    measured = [rows[level][1:3] for level in ("MMS_F", "MMS_V", "MMS_FV")]
+    assert measured == [["100.00", "1.00"], ["200.00", "2.00"], ["200.00", "3.00"]]
 
 def test_figure_4_for_a_query_of_ones_own_shows_the_video_that_fits_best(data, monkeypatch):
     drawn, draw = [], reproduce.draw_interactions
