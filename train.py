@@ -7,6 +7,7 @@
     python train.py --resume runs/msrvtt                continue a run that was stopped
 """
 import argparse
+import bisect
 import contextlib
 import csv
 import glob
@@ -40,7 +41,7 @@ from tqdm import tqdm
 
 from video_colbert import (
     Config, InputError, VideoColBERT, VideoError, mms_fv, reciprocal_rank_fusion,
-    retrieval_metrics, sample_frames, video_to_text)
+    retrieval_metrics, sample_frames, sample_seconds, video_to_text)
 
 # The number of this process, and how many there are (torchrun).
 RANK = int(os.environ.get("RANK", 0))
@@ -310,12 +311,12 @@ def data_hash(data):
     return hashlib.sha256(json.dumps(clips).encode()).hexdigest()
 
 # ---- Frames: each clip is decoded once, into a file of the cache
-CACHE_VERSION = 5  # increase it when sample_frames changes its output
+CACHE_VERSION = 5  # increase it when frames are made in another way
 
 def cached_frames(clip, num_frames, size, cache):
     """sample_frames of a clip through the cache: uint8 (N, 3, size, size)."""
     key = [CACHE_VERSION, os.path.abspath(clip.path), file_id(clip.path), clip.start,
-           clip.end, num_frames, size]
+           clip.end, sampling(num_frames), size]
     with contextlib.suppress(OSError):
         # Also the modification time, because file_id reads only the first 64 KB.
         key.append(os.stat(clip.path).st_mtime_ns)
@@ -329,6 +330,10 @@ def cached_frames(clip, num_frames, size, cache):
     with atomic_write(path) as file:
         file.write(frames.numpy())
     return frames
+
+def sampling(num_frames):
+    """The frames taken of 100 seconds, by which an edit of sample_seconds is noticed."""
+    return sample_seconds(num_frames, 0.0, 100.0).tolist()
 
 def load_frames(clips, s, size):
     """-> uint8 (B, N, 3, size, size), in pinned memory if there is a GPU."""
@@ -535,7 +540,7 @@ def backward_in_parts(model, scaler, s, ids, mask, frames, positives):
     # A part's captions need not belong to its videos: here they are only encoded.
     parts = list(zip(ids.tensor_split(count), frames.tensor_split(count)))
     # If a reader adds dropout, both passes over a part must drop the same values. So
-    # each part sets a seed. The next step goes on from the last one.
+    # each part sets a seed.
     seed = torch.initial_seed() + 1
 
     # 1. Embed all parts without keeping activations.
@@ -594,8 +599,11 @@ def train(model, data, s, device, out, data_id):
     """Train `model` in place on data["train"], from the last checkpoint in `out` if there
     is one. Each step is a line of out/log.jsonl. On a signal, save and stop."""
     clips = data["train"]
-    steps_per_epoch = len(epoch_examples(clips, s, 0)) // s.batch_size
-    steps = s.epochs * steps_per_epoch
+    # All epochs are as long as the first, unless a reader edits epoch_examples.
+    lengths = [len(epoch_examples(clips, s, epoch)) // s.batch_size
+               for epoch in range(s.epochs)]
+    ends = list(itertools.accumulate(lengths))  # the number of steps after each epoch
+    steps = ends[-1]
 
     optimizer = make_optimizer(model, s)
     scaler = make_scaler(device, s.precision)
@@ -615,25 +623,27 @@ def train(model, data, s, device, out, data_id):
     stops = False
     with log, bar:
         for step, inputs in enumerate(prefetch(load, todo, s.workers), first):
-            epoch, place = divmod(step, steps_per_epoch)
+            epoch = bisect.bisect(ends, step)  # how many have ended
             # Evaluate the previous epoch only now that its checkpoint is saved: a run
             # that is killed here starts again at this line. The final epoch is evaluated
             # after the loop. Other processes wait in training_step.
-            if place == 0 and epoch > 0 and RANK == 0:
+            if step in ends and RANK == 0:
                 log_evaluations(log, epoch - 1, model, data, s, device)
 
             inputs = [x.to(device, non_blocking=True) for x in inputs]
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * schedule(step, steps, s.warmup)
+            # If a reader adds dropout, it depends on the step alone: runs resume exactly.
+            rng = np.random.default_rng([s.seed, step])
+            torch.manual_seed(int(rng.integers(2 ** 62)))
             numbers = training_step(model, optimizer, scaler, s, *inputs)
             bar.update()
 
             # Two groups, with and without weight decay, share a name and a rate.
             lr = {group["name"]: group["lr"] for group in optimizer.param_groups}
             unread.append((dict(step=step, epoch=epoch, lr=lr), numbers))
-            ends_epoch = place + 1 == steps_per_epoch
             stops = any_process(stop_signal.is_set())
-            saves = stops or ends_epoch or (step + 1) % s.checkpoint_every == 0
+            saves = stops or step + 1 in ends or (step + 1) % s.checkpoint_every == 0
             # Reading the numbers after each step would make the CPU wait for the GPU.
             if saves or device.type == "cpu" or len(unread) == 50:
                 write_log(log, bar, unread)

@@ -584,6 +584,7 @@ def sample_times(path, timing, num_frames, start=0.0, end=None):
     # Rounded to 0.001 ticks, because a floating-point error could move a time to just
     # before the frame that appears then.
     seconds = sample_seconds(num_frames, start, end)
+    assert (np.diff(seconds) >= 0).all(), "sample_seconds must be ascending"
     moments = times[0] + np.round(seconds / tick, 3)
     # For each moment, the last frame that has appeared by then.
     return times[np.searchsorted(times, moments, side="right") - 1]

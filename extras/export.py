@@ -76,8 +76,10 @@ def to_qdrant(index, client, collection="videos"):
                                    distance=models.Distance.COSINE)
     client.create_collection(collection, vectors_config=settings)
 
-    # A server takes 32 MB at a time.
-    for rows, parts, vectors in multivectors(index, 32):
+    # A server takes 32 MB at a time, and a number in JSON is about 20 bytes.
+    numbers = index.vectors.shape[1] * (index.meta["width"] + 2)  # of a row
+    size = max(1, 2 ** 20 // numbers)
+    for rows, parts, vectors in multivectors(index, size):
         points = []
         for row, (path, start, end), x in zip(rows, parts, vectors):
             payload = dict(path=path, start=start, end=end)

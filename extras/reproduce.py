@@ -25,7 +25,8 @@ import train
 from extras import shapes
 from extras.figures import draw_bars, draw_interactions, interactions, keep
 from extras.cost import cost_table
-from extras.paper import BACKBONES, METRICS, SIGLIP, TABLES, markdown, quote, show
+from extras.paper import (
+    BACKBONES, COMPARED, METRICS, SIGLIP, TABLES, markdown, quote, show)
 from train import (
     MAY_CHANGE, WORLD, parse_settings, pick_device, read_result, read_settings, run_main)
 from video_colbert import (
@@ -182,6 +183,11 @@ def trained_table(number, argv, s, seeds, device):
     """A table of rows that are each trained, as Markdown: mean and standard deviation over
     seeds. For the synthetic clips also R@1 by what a query is about."""
     title, rows = TABLES[number]
+    default = parse_settings(["--data", s.data, "--backbone", s.backbone])
+    for name in COMPARED.get(number, ()):
+        if getattr(s, name) != getattr(default, name):
+            flag = name.replace("_", "-")
+            raise InputError(f"table {number} compares --{flag}: leave it out")
     kinds = ("appearance", "motion") if s.data == "shapes" else ()
     is_quoted = s.data == "msrvtt" and number > 0
     lines, all_records, queries = [], [], {}

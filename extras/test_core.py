@@ -735,6 +735,70 @@ def test_a_run_killed_anywhere_and_twice_resumes_to_the_same_bytes(
     train.main(["--resume", "a"])
     assert contents("a") == whole
 
+@pytest.mark.parametrize("micro_batch", ["0", "2"])
+def test_with_dropout_that_a_reader_adds_a_run_resumes_to_the_same_bytes(
+        data, monkeypatch, micro_batch):
+    """And each step, and each of its parts, drops other values."""
+    forward, seeds = video_colbert.TemporalTransformer.forward, set()
+    def with_dropout(module, f):
+        if module.training:
+            seeds.add(torch.initial_seed())
+        return torch.nn.functional.dropout(forward(module, f), 0.5, module.training)
+    monkeypatch.setattr(video_colbert.TemporalTransformer, "forward", with_dropout)
+    flags = [*SMALL, "--data", "clips.jsonl", "--checkpoint-every", "1",
+             "--micro-batch", micro_batch]
+    train.main([*flags, "--out", "a"])
+    assert len(seeds) == (8 if micro_batch == "2" else 4)
+    run_until(monkeypatch, [*flags, "--out", "b"], "training_step", 3)
+    torch.rand(7)  # another process has another generator
+    train.main(["--resume", "b"])
+    assert contents("b")["model.safetensors"] == contents("a")["model.safetensors"]
+    monkeypatch.undo()
+    monkeypatch.chdir(data)
+    train.main([*flags, "--out", "c"])
+    assert contents("c")["model.safetensors"] != contents("a")["model.safetensors"]
+
+def test_epochs_of_different_lengths_are_counted(data, monkeypatch):
+    """A reader's edit: 2, 4 and 6 steps. The rate falls to the end, and each epoch is evaluated
+    once, also if the run is killed between two."""
+    examples = train.epoch_examples
+    def longer(clips, s, epoch):
+        return examples(clips, s, epoch) * (1 + epoch)
+    monkeypatch.setattr(train, "epoch_examples", longer)
+    flags = [*SMALL, "--data", "clips.jsonl", "--epochs", "3", "--eval-every", "1"]
+    train.main([*flags, "--out", "a"])
+    lines = records("a")
+    steps = [line for line in lines if "loss" in line]
+    assert [line["epoch"] for line in steps] == [0] * 2 + [1] * 4 + [2] * 6
+    s = train.read_settings("a")
+    assert [line["lr"]["new"] for line in steps] == [
+        s.lr * train.schedule(step, 12, s.warmup) for step in range(12)]
+    tests = [lines[i - 2 : i + 1] for i, line in enumerate(lines) if line.get("split") == "test"]
+    assert [(step["step"], val["epoch"], test["epoch"]) for step, val, test in tests] == [
+        (1, 0, 0), (5, 1, 1), (11, 2, 2)]
+    run_until(monkeypatch, [*flags, "--out", "b"], "training_step", 6)
+    train.main(["--resume", "b"])
+    assert contents("b")["model.safetensors"] == contents("a")["model.safetensors"]
+    assert records("b")[:-1] == lines[:-1]
+
+def test_an_edit_of_sample_seconds_takes_other_frames_from_the_same_cache(data, monkeypatch):
+    clip = train.load_clips(train.Settings(data="clips.jsonl"))["train"][0]
+    before = train.cached_frames(clip, 2, 16, "cache")
+    def ends(num_frames, start, end):
+        return np.linspace(start, end, num_frames)
+    for module in (train, video_colbert):
+        monkeypatch.setattr(module, "sample_seconds", ends)
+    after = train.cached_frames(clip, 2, 16, "cache")
+    assert torch.equal(after, video_colbert.sample_frames(clip.path, 2, 16))
+    assert not torch.equal(after, before)
+
+def test_frames_in_another_order_than_time_are_refused(data, monkeypatch):
+    def backwards(num_frames, start, end):
+        return np.linspace(end, start, num_frames)
+    monkeypatch.setattr(video_colbert, "sample_seconds", backwards)
+    with pytest.raises(AssertionError, match="sample_seconds must be ascending"):
+        video_colbert.sample_frames(data / "0/clip.mp4", 3, 16)
+
 class Evil:
     def __reduce__(self):
         return os.system, ("touch executed",)

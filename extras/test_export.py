@@ -2,6 +2,7 @@
 import json
 import os
 import time
+import types
 
 import numpy as np
 import pytest
@@ -119,6 +120,23 @@ def test_qdrant_ranks_by_the_two_level_score(tmp_path, monkeypatch, clips, tiny)
         found = client.query_points("videos", query=vectors, limit=10).points
         paths = [point.payload["path"] for point in found]
         assert_same_hits(index, paths, [point.score for point in found], M, hits)
+
+@pytest.mark.parametrize("rows, frames", [(40, 130), (200, 26), (2, 3000)])
+def test_qdrant_gets_less_at_a_time_than_a_server_takes(rows, frames):
+    """32 MB of JSON, also with 64 frames and expansion tokens. All rows arrive, in order."""
+    pytest.importorskip("qdrant_client")
+    vectors = torch.rand(rows, frames, 512).half()
+    index = types.SimpleNamespace(meta=dict(num_frames=frames // 2, width=512, root="/"),
+                                  vectors=vectors, segment=lambda row: ("/a.mp4", 0, 1))
+    sent, sizes = [], []
+    class Client:
+        def create_collection(self, *args, **kwargs):
+            pass
+        def upsert(self, collection, points):
+            sent.extend(point.id for point in points)
+            sizes.append(sum(len(json.dumps(point.vector)) for point in points))
+    to_qdrant(index, Client())
+    assert sent == list(range(rows)) and max(sizes) < 33e6 and len(sizes) <= rows / 2 + 1
 
 def test_a_name_that_is_not_utf_8_is_exported_with_a_replacement(tmp_path, tiny):
     pytest.importorskip("lancedb")

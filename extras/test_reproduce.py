@@ -349,6 +349,17 @@ def test_the_flags_above_a_table_can_be_typed(data):
     typed = train.parse_settings(["--data", s.data, "--backbone", s.backbone, *flags])
     assert reproduce.identity(typed) == reproduce.identity(s)
 
+@pytest.mark.parametrize("table, flags, name", [
+    (3, ["--interaction", "mp"], "interaction"), (3, ["--lambda-video", "0"], "lambda-video"),
+    (4, ["--loss", "infonce"], "loss"), (4, ["--loss-form", "combined"], "loss-form"),
+    (5, ["--no-query-augmentation"], "query-augmentation")])
+def test_what_a_table_compares_is_not_for_the_user_to_set(data, table, flags, name):
+    """A row that is at the default would have the wrong name."""
+    message = f"table {table} compares --{name}: leave it out"
+    with pytest.raises(InputError, match=message):
+        main([*FLAGS, "--table", str(table), *flags])
+    assert not runs_below()
+
 def test_weights_from_a_file_are_not_tried_in_siglip(data, monkeypatch, capsys):
     """Table 5 has two rows of SigLIP, whose backbone the file does not fit."""
     row = dict(direction="text to video", queries=2, score="MMS_FV", **{

@@ -180,10 +180,25 @@ def test_an_index_of_other_frames_can_be_searched_but_not_updated(
     """As when an older sample_frames took other frames; nothing of it is lost."""
     index, _ = VideoIndex.build(clips, tiny, tmp_path / "index")
     monkeypatch.setattr(video_index, "CACHE_VERSION", 999)
-    with pytest.raises(InputError, match="an older version of this program made it"):
+    with pytest.raises(InputError, match="another version of this program made it"):
+        VideoIndex.build(clips, tiny, tmp_path / "index")
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "sample_seconds", lambda n, start, end: np.linspace(start, end, n))
+    with pytest.raises(InputError, match="another version of this program made it"):
         VideoIndex.build(clips, tiny, tmp_path / "index")
     again = VideoIndex.load(tmp_path / "index")
     assert again.videos == index.videos and torch.equal(again.vectors, index.vectors)
+
+def test_an_index_that_does_not_say_which_frames_it_has_is_updated(
+        tmp_path, clips, tiny, encoded):
+    """It was made before indexes did."""
+    VideoIndex.build(clips, tiny, tmp_path / "index")
+    meta = json.loads((tmp_path / "index/index.json").read_text())
+    del meta["sampling"]
+    (tmp_path / "index/index.json").write_text(json.dumps(meta))
+    before = sum(encoded)
+    VideoIndex.build(clips, tiny, tmp_path / "index")
+    assert sum(encoded) == before
 
 def test_a_video_is_demuxed_once(tmp_path, clips, tiny, monkeypatch):
     calls, frame_times = [], video_colbert.frame_times
