@@ -332,7 +332,7 @@ def cached_frames(clip, num_frames, size, cache):
     return frames
 
 def sampling(num_frames):
-    """The frames taken of 100 seconds, by which an edit of sample_seconds is noticed."""
+    """The times of the frames taken from 100 seconds: an edit of sample_seconds shows."""
     return sample_seconds(num_frames, 0.0, 100.0).tolist()
 
 def load_frames(clips, s, size):
@@ -633,7 +633,8 @@ def train(model, data, s, device, out, data_id):
             inputs = [x.to(device, non_blocking=True) for x in inputs]
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * schedule(step, steps, s.warmup)
-            # If a reader adds dropout, it depends on the step alone: runs resume exactly.
+            # If a reader adds dropout, its values depend on the step alone, so that a run
+            # resumes exactly.
             rng = np.random.default_rng([s.seed, step])
             torch.manual_seed(int(rng.integers(2 ** 62)))
             numbers = training_step(model, optimizer, scaler, s, *inputs)
@@ -674,7 +675,7 @@ def log_evaluations(log, epoch, model, data, s, device):
             write_line(log, dict(epoch=epoch, split=split, score=score, **metrics))
 
 def trained_score(mms_f, mms_v, s):
-    """The score that the loss is made of: its name in the table, and its values (A, B)."""
+    """The score that the loss trains: its name in the table, and its values (A, B)."""
     name = s.interaction.upper()
     if s.loss_form == "dual" and s.lambda_video == 0:
         return f"{name}_F", mms_f

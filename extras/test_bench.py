@@ -80,8 +80,8 @@ def test_decoding_is_measured_on_the_part_that_a_clip_is(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("compiles", [False, True])
 def test_the_lines_of_a_step_have_the_times_that_were_measured(monkeypatch, compiles):
-    """Six parts take 1 to 6 s, a step 10 s, one with micro-batches 25 s. Compiled, it would be
-    compiled anew for these, so they are left out."""
+    """Six parts take 1 to 6 s, a step 10 s, and a step with micro-batches 25 s. With --compile,
+    the last is not measured, because other shapes would have to be compiled first."""
     counts, compiled = [], []
     def measured(device, *calls, repeat):
         counts.append(len(calls))

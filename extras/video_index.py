@@ -273,7 +273,7 @@ class VideoIndex:
                              "another folder")
         # The vectors are of frames that today's sample_frames may not take. Older indexes do
         # not say at which times.
-        taken = self.meta.setdefault("sampling", meta["sampling"])
+        taken = self.meta.get("sampling", meta["sampling"])
         if self.meta.get("frames") != meta["frames"] or taken != meta["sampling"]:
             raise InputError(f"{self.folder} can be searched, but not updated, because another "
                              "version of this program made it: index into another folder")
