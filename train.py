@@ -7,7 +7,6 @@
     python train.py --resume runs/msrvtt                continue a run that was stopped
 """
 import argparse
-import bisect
 import contextlib
 import csv
 import glob
@@ -311,7 +310,7 @@ def data_hash(data):
     return hashlib.sha256(json.dumps(clips).encode()).hexdigest()
 
 # ---- Frames: each clip is decoded once, into a file of the cache
-CACHE_VERSION = 5  # increase it when frames are made in another way
+CACHE_VERSION = 5  # increase it when frames are decoded or resized in another way
 
 def cached_frames(clip, num_frames, size, cache):
     """sample_frames of a clip through the cache: uint8 (N, 3, size, size)."""
@@ -332,8 +331,8 @@ def cached_frames(clip, num_frames, size, cache):
     return frames
 
 def sampling(num_frames):
-    """The times of the frames taken from 100 seconds: an edit of sample_seconds shows."""
-    return sample_seconds(num_frames, 0.0, 100.0).tolist()
+    """The times of the frames of short and long clips. An edit of sample_seconds shows."""
+    return [sample_seconds(num_frames, 0.0, end).tolist() for end in (1.0, 10.0, 100.0)]
 
 def load_frames(clips, s, size):
     """-> uint8 (B, N, 3, size, size), in pinned memory if there is a GPU."""
@@ -623,7 +622,7 @@ def train(model, data, s, device, out, data_id):
     stops = False
     with log, bar:
         for step, inputs in enumerate(prefetch(load, todo, s.workers), first):
-            epoch = bisect.bisect(ends, step)  # how many have ended
+            epoch = sum(end <= step for end in ends)  # how many have ended
             # Evaluate the previous epoch only now that its checkpoint is saved: a run
             # that is killed here starts again at this line. The final epoch is evaluated
             # after the loop. Other processes wait in training_step.
@@ -633,9 +632,9 @@ def train(model, data, s, device, out, data_id):
             inputs = [x.to(device, non_blocking=True) for x in inputs]
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * schedule(step, steps, s.warmup)
-            # If a reader adds dropout, its values depend on the step alone, so that a run
-            # resumes exactly.
-            rng = np.random.default_rng([s.seed, step])
+            # If a reader adds dropout, its values depend on the step and the process alone,
+            # so that a run resumes exactly.
+            rng = np.random.default_rng([s.seed, step, RANK])
             torch.manual_seed(int(rng.integers(2 ** 62)))
             numbers = training_step(model, optimizer, scaler, s, *inputs)
             bar.update()

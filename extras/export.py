@@ -76,9 +76,9 @@ def to_qdrant(index, client, collection="videos"):
                                    distance=models.Distance.COSINE)
     client.create_collection(collection, vectors_config=settings)
 
-    # A server takes 32 MB at a time, and a number in JSON is about 20 bytes.
-    numbers = index.vectors.shape[1] * (index.meta["width"] + 2)  # of a row
-    size = max(1, 2 ** 20 // numbers)
+    # A server takes 32 MB at a time, and a number in JSON is about 22 bytes.
+    numbers_per_row = index.vectors.shape[1] * (index.meta["width"] + 2)
+    size = max(1, 2 ** 20 // numbers_per_row)
     for rows, parts, vectors in multivectors(index, size):
         points = []
         for row, (path, start, end), x in zip(rows, parts, vectors):

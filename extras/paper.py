@@ -59,9 +59,10 @@ TABLES = {
         ("pad 49406", ["--pad-token", "49406"], "MMS_FV", (48.0, 74.3, 84.0, .653)),
         ("pad 0", ["--pad-token", "0"], "MMS_FV", MAIN)]),
 }
-# The settings that a table compares, and that some of its rows leave at their defaults.
-COMPARED = {3: ("interaction", "lambda_frame", "lambda_video"), 4: ("loss", "loss_form"),
-            5: ("query_augmentation",)}
+# The flags that a table compares, and that some of its rows leave at their defaults.
+COMPARED = {3: ("--interaction", "--loss-form", "--lambda-frame", "--lambda-video"),
+            4: ("--loss", "--loss-form", "--lambda-frame", "--lambda-video"),
+            5: ("--no-query-augmentation",)}
 # Tables 1 and 2
 BACKBONES = {
     "ViT-B-32-quickgelu": {

@@ -183,11 +183,10 @@ def trained_table(number, argv, s, seeds, device):
     """A table of rows that are each trained, as Markdown: mean and standard deviation over
     seeds. For the synthetic clips also R@1 by what a query is about."""
     title, rows = TABLES[number]
-    default = parse_settings(["--data", s.data, "--backbone", s.backbone])
-    for name in COMPARED.get(number, ()):
-        if getattr(s, name) != getattr(default, name):
-            flag = name.replace("_", "-")
-            raise InputError(f"table {number} compares --{flag}: leave it out")
+    for changed in changed_flags(s):
+        flag = changed.split()[0]
+        if flag in COMPARED.get(number, ()):
+            raise InputError(f"table {number} compares {flag}: leave it out")
     kinds = ("appearance", "motion") if s.data == "shapes" else ()
     is_quoted = s.data == "msrvtt" and number > 0
     lines, all_records, queries = [], [], {}

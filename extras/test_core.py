@@ -1,4 +1,5 @@
 """Harder cases for the core: odd files, damaged input, several processes, kills."""
+import contextlib
 import functools
 import itertools
 import json
@@ -750,7 +751,6 @@ def test_with_dropout_that_a_reader_adds_a_run_resumes_to_the_same_bytes(
     train.main([*flags, "--out", "a"])
     assert len(seeds) == (8 if micro_batch == "2" else 4)
     run_until(monkeypatch, [*flags, "--out", "b"], "training_step", 3)
-    torch.rand(7)  # another process has another generator
     train.main(["--resume", "b"])
     assert contents("b")["model.safetensors"] == contents("a")["model.safetensors"]
     monkeypatch.undo()
@@ -781,23 +781,39 @@ def test_epochs_of_different_lengths_are_counted(data, monkeypatch):
     assert contents("b")["model.safetensors"] == contents("a")["model.safetensors"]
     assert records("b")[:-1] == lines[:-1]
 
-def test_an_edit_of_sample_seconds_takes_other_frames_from_the_same_cache(data, monkeypatch):
+MIDDLES = video_colbert.sample_seconds
+
+def ends_too(num_frames, start, end):
+    return np.linspace(start, end, num_frames)
+
+def ends_of_short_clips(num_frames, start, end):
+    return (ends_too if end - start < 3 else MIDDLES)(num_frames, start, end)
+
+def first_frame_only(num_frames, start, end):
+    return np.repeat(MIDDLES(num_frames, start, end)[:1], num_frames)
+
+@pytest.mark.parametrize("edit", [ends_too, ends_of_short_clips, first_frame_only])
+def test_an_edit_of_sample_seconds_takes_other_frames_from_the_same_cache(
+        data, monkeypatch, edit):
     clip = train.load_clips(train.Settings(data="clips.jsonl"))["train"][0]
     before = train.cached_frames(clip, 2, 16, "cache")
-    def ends(num_frames, start, end):
-        return np.linspace(start, end, num_frames)
     for module in (train, video_colbert):
-        monkeypatch.setattr(module, "sample_seconds", ends)
+        monkeypatch.setattr(module, "sample_seconds", edit)
     after = train.cached_frames(clip, 2, 16, "cache")
     assert torch.equal(after, video_colbert.sample_frames(clip.path, 2, 16))
     assert not torch.equal(after, before)
 
-def test_frames_in_another_order_than_time_are_refused(data, monkeypatch):
-    def backwards(num_frames, start, end):
-        return np.linspace(end, start, num_frames)
-    monkeypatch.setattr(video_colbert, "sample_seconds", backwards)
-    with pytest.raises(AssertionError, match="sample_seconds must be ascending"):
-        video_colbert.sample_frames(data / "0/clip.mp4", 3, 16)
+@pytest.mark.parametrize("shares, is_refused", [
+    ((1, 0.5, 0), True), ((0, 0.9, 0.5), True), ((0, 0.5, 0.5), False)])
+def test_frames_in_another_order_than_time_are_refused(data, monkeypatch, shares, is_refused):
+    def edit(num_frames, start, end):
+        return start + np.array(shares) * (end - start)
+    monkeypatch.setattr(video_colbert, "sample_seconds", edit)
+    refused = contextlib.nullcontext()
+    if is_refused:
+        refused = pytest.raises(AssertionError, match="sample_seconds must be ascending")
+    with refused:
+        assert len(video_colbert.sample_frames(data / "0/clip.mp4", 3, 16)) == 3
 
 class Evil:
     def __reduce__(self):
@@ -1056,23 +1072,26 @@ def test_a_signal_to_the_process_saves_a_checkpoint_and_prints_how_to_resume(dat
     assert re.search(STOPPED, lines[-2])
 
 def train_and_count(*flags):
-    """Train, and print the collectives of each step: from one training step to the next."""
+    """Train, and write down the collectives of each step, from one training step to the next, and
+    the step's seed."""
     torch.set_num_threads(1)
-    calls, step, counts = count_collectives(), train.training_step, []
+    calls, step, counts, seeds = count_collectives(), train.training_step, [], []
 
     def counted(*args):
         counts.append(Counter(calls))
+        seeds.append(torch.initial_seed())
         return step(*args)
 
     train.training_step = counted
     train.main(flags)
     between = [dict(b - a) for a, b in zip(counts, counts[1:])]
-    Path(f"collectives{train.RANK}").write_text(json.dumps(between))
+    Path(f"noted{train.RANK}").write_text(json.dumps([between, seeds]))
 
 def test_two_processes_end_with_the_parameters_of_one(data):
     """The same global batch of 4 clips, with two captions each; the losses, the results and the
     validation are the same too. A step gathers four tensors and adds up gradients once, and
-    asks once whether to stop."""
+    asks once whether to stop. If a reader adds dropout, each process's share of a step drops other
+    values."""
     flags = [*SMALL, "--data", "clips.jsonl", "--captions-per-video", "2"]
     train.main([*flags, "--out", "one"])
     run_two_processes(train_and_count, *flags, "--out", "two")
@@ -1088,9 +1107,13 @@ def test_two_processes_end_with_the_parameters_of_one(data):
             assert line == other
     assert records("two")[-1]["machine"].startswith("2 x cpu")
 
+    all_seeds = []
     for rank in range(2):
-        for calls in json.loads(Path(f"collectives{rank}").read_text()):
-            assert calls == {"all_gather": 4, "all_reduce": 2}
+        between, seeds = json.loads(Path(f"noted{rank}").read_text())
+        assert all(calls == {"all_gather": 4, "all_reduce": 2} for calls in between)
+        all_seeds += seeds
+    steps = sum("loss" in line for line in records("two"))
+    assert len(set(all_seeds)) == 2 * steps > 2
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_the_processes_slices_make_up_the_list(world, monkeypatch):

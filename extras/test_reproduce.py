@@ -350,9 +350,11 @@ def test_the_flags_above_a_table_can_be_typed(data):
     assert reproduce.identity(typed) == reproduce.identity(s)
 
 @pytest.mark.parametrize("table, flags, name", [
-    (3, ["--interaction", "mp"], "interaction"), (3, ["--lambda-video", "0"], "lambda-video"),
+    (3, ["--interaction", "mp"], "interaction"), (3, ["--loss-form", "combined"], "loss-form"),
+    (3, ["--lambda-frame", "0"], "lambda-frame"), (3, ["--lambda-video", "0"], "lambda-video"),
     (4, ["--loss", "infonce"], "loss"), (4, ["--loss-form", "combined"], "loss-form"),
-    (5, ["--no-query-augmentation"], "query-augmentation")])
+    (4, ["--lambda-frame", "0"], "lambda-frame"), (4, ["--lambda-video", "0"], "lambda-video"),
+    (5, ["--no-query-augmentation"], "no-query-augmentation")])
 def test_what_a_table_compares_is_not_for_the_user_to_set(data, table, flags, name):
     """A row that is at the default would have the wrong name."""
     message = f"table {table} compares --{name}: leave it out"
