@@ -11,6 +11,7 @@ import contextlib
 import csv
 import glob
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -311,11 +312,12 @@ def data_hash(data):
 
 # ---- Frames: each clip is decoded once, into a file of the cache
 CACHE_VERSION = 5  # increase it when frames are decoded or resized in another way
+SAMPLING = inspect.getsource(sample_seconds)  # so that an edit of it is noticed
 
 def cached_frames(clip, num_frames, size, cache):
     """sample_frames of a clip through the cache: uint8 (N, 3, size, size)."""
     key = [CACHE_VERSION, os.path.abspath(clip.path), file_id(clip.path), clip.start,
-           clip.end, sampling(num_frames), size]
+           clip.end, num_frames, SAMPLING, size]
     with contextlib.suppress(OSError):
         # Also the modification time, because file_id reads only the first 64 KB.
         key.append(os.stat(clip.path).st_mtime_ns)
@@ -329,10 +331,6 @@ def cached_frames(clip, num_frames, size, cache):
     with atomic_write(path) as file:
         file.write(frames.numpy())
     return frames
-
-def sampling(num_frames):
-    """The times of the frames of short and long clips. An edit of sample_seconds shows."""
-    return [sample_seconds(num_frames, 0.0, end).tolist() for end in (1.0, 10.0, 100.0)]
 
 def load_frames(clips, s, size):
     """-> uint8 (B, N, 3, size, size), in pinned memory if there is a GPU."""

@@ -4,7 +4,8 @@
     python -m extras.bench --memory      what training each of the paper's backbones takes
     python -m extras.bench --long-video  12 frames of an hour of 720p, against decoding it all
 
-Other flags are train.py's. Clips are those of --data if they are there, else synthetic.
+The first takes train.py's flags, too. Its clips are those of --data if they are there, else
+synthetic.
 Calls that are compared take turns, so that a busy machine is equally busy for all of them:
 trust the ratios. With `pip install decord`, decoding is compared with it. Beside a step's
 time stands what it should take on some cards (extras/predict.py).
@@ -318,6 +319,8 @@ def main(argv=None):
     parser.add_argument("--memory", action="store_true", help="what training takes, and stop")
     parser.add_argument("--long-video", action="store_true", help="12 frames of an hour, and stop")
     args, argv = parser.parse_known_args(argv)
+    if argv and (args.memory or args.long_video):
+        parser.error("--memory and --long-video take no other flags")
     s = parse_settings(["--data", "msrvtt", *argv])
     device = pick_device(s.device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"

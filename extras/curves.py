@@ -2,7 +2,7 @@
 
     python -m extras.curves runs/shapes curves.png
 """
-import sys
+import argparse
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -64,11 +64,14 @@ def draw_curves(run):
     return image
 
 def main():
-    if len(sys.argv) != 3:
-        raise InputError(__doc__.split("\n")[2].strip())
-    check_picture(sys.argv[2])
-    save_picture(draw_curves(sys.argv[1]), sys.argv[2])
-    print(sys.argv[2])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="folder of the run")
+    parser.add_argument("picture", help="file to write")
+    args = parser.parse_args()
+    check_picture(args.picture)
+    save_picture(draw_curves(args.run), args.picture)
+    print(args.picture)
 
 if __name__ == "__main__":
     run_main(main, "extras.curves")

@@ -9,6 +9,7 @@ GPU overlaps the two within a kernel; kernels run one after another, so a step i
 The copy of the pixels comes on top, for it waits in the same queue. Where the host needs
 longer to start the kernels than the GPU to run them, as with small batches, that time counts.
 """
+import argparse
 import copy
 from dataclasses import replace
 from typing import NamedTuple
@@ -160,5 +161,7 @@ def predictions(s, micro_batches):
     return lines
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     fits = {name: card.fits for name, card in CARDS.items()}
     print(*predictions(parse_settings(["--data", "msrvtt"]), fits), sep="\n")

@@ -91,7 +91,7 @@ def write_shapes(root, galleries=6):
     # The lock is the first file of ours.
     names = {path.name for path in root.iterdir()}
     if names and "lock" not in names:
-        raise ValueError("holds other files than the synthetic clips; use --data for your own")
+        raise ValueError("holds other files than the synthetic clips; --data trains on your own")
     with filelock.FileLock(root / "lock"):
         if (root / "clips.jsonl").exists():
             return
@@ -124,4 +124,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
-    write_shapes(parser.parse_args().folder)
+    folder = parser.parse_args().folder
+    try:
+        write_shapes(folder)
+    except (OSError, ValueError) as error:
+        parser.error(f"{folder}: {error}")

@@ -3,6 +3,7 @@ import dataclasses
 import errno
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -611,3 +612,30 @@ def test_a_reader_of_the_output_who_leaves_is_no_error(data):
     process = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE)
     os.close(write)
     assert (process.returncode, process.stderr) == (0, b"")
+
+# ---- Found in a tenth hour
+@pytest.mark.parametrize("name", ["bench", "curves", "datasets", "predict", "reproduce", "search",
+                                  "shapes"])
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+def test_each_program_explains_itself(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["program", "--help"])
+    with pytest.raises(SystemExit, match="^0$"):
+        runpy.run_module(f"extras.{name}", run_name="__main__")
+    assert capsys.readouterr().out.startswith("usage: ")
+
+@pytest.mark.parametrize("command, message", [
+    ("bench --memory --num-frames 64", "--memory and --long-video take no other flags"),
+    ("predict --num-frames 64", "unrecognized arguments: --num-frames 64"),
+    ("shapes .", ".: holds other files than the synthetic clips")])
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+def test_a_command_that_cannot_be_followed_is_refused(
+        command, message, tmp_path, monkeypatch, capsys):
+    """It was followed in part, or ended in a traceback."""
+    monkeypatch.chdir(tmp_path)
+    Path("notes.txt").touch()
+    name, *flags = command.split()
+    monkeypatch.setattr(sys, "argv", [name, *flags])
+    with pytest.raises(SystemExit, match="^2$"):
+        runpy.run_module(f"extras.{name}", run_name="__main__")
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert os.listdir() == ["notes.txt"]

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from extras.datasets import VIDEO_ENDINGS
 from extras.long_videos import seek_frames
 from train import (
-    CACHE_VERSION, atomic_write, autocast, locked, prefetch, sampling, user_errors)
+    CACHE_VERSION, SAMPLING, atomic_write, autocast, locked, prefetch, user_errors)
 from video_colbert import (
     InputError, Timing, VideoError, frame_times, mean_max_sim, sample_times)
 
@@ -248,7 +248,7 @@ class VideoIndex:
                     width=model.width, num_frames=c.num_frames,
                     visual_expansion=c.visual_expansion, segment=segment, stride=stride,
                     vectors=f"vectors-{uuid.uuid4().hex}.f16", videos=[],
-                    frames=CACHE_VERSION, sampling=sampling(c.num_frames))
+                    frames=CACHE_VERSION, sampling=SAMPLING)
 
         with changing(folder):
             found, problems = find_videos(root)
@@ -272,7 +272,7 @@ class VideoIndex:
             raise InputError(f"{self.folder} cannot be updated, {change}: index into "
                              "another folder")
         # The vectors are of frames that today's sample_frames may not take. Older indexes do
-        # not say at which times.
+        # not say how theirs were chosen.
         taken = self.meta.get("sampling", meta["sampling"])
         if self.meta.get("frames") != meta["frames"] or taken != meta["sampling"]:
             raise InputError(f"{self.folder} can be searched, but not updated, because another "
