@@ -61,7 +61,7 @@ class Settings(Config):
     # auto is bf16 or fp16 on a CUDA GPU, else fp32
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     lr_pretrained: float = 1e-7  # learning rate of the pre-trained encoders (Table 9)
-    lr: float = 1e-4  # learning rate of everything new (Table 9)
+    lr: float = 1e-4  # learning rate of the temporal transformer (Table 9)
     weight_decay: float = 0.01  # AdamW's (Table 9: 0.01); biases and norms have none
     warmup: float = 0.1  # share of the steps in which the rate rises (Table 9)
     max_grad_norm: float = 1.0  # clips gradients to this norm; 0: no clipping (Table 9)
@@ -630,8 +630,8 @@ def train(model, data, s, device, out, data_id):
             inputs = [x.to(device, non_blocking=True) for x in inputs]
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * schedule(step, steps, s.warmup)
-            # If a reader adds dropout, its values depend on the step and the process alone,
-            # so that a run resumes exactly.
+            # If a reader adds dropout, its values depend only on seed, step and process, so
+            # that a run resumes exactly.
             rng = np.random.default_rng([s.seed, step, RANK])
             torch.manual_seed(int(rng.integers(2 ** 62)))
             numbers = training_step(model, optimizer, scaler, s, *inputs)
@@ -967,7 +967,7 @@ def train_and_evaluate(model, data, s, device, out, data_id):
         if RANK == 0:
             return evaluate(model, data["test"], s, device)
     except torch.OutOfMemoryError:
-        # Half of the videos at a time in training or evaluation, whichever are fewer.
+        # Half of a batch of training or of evaluation, whichever is smaller.
         videos = min(s.batch_size // WORLD, eval_batch_size(s))
         raise InputError(f"out of memory on {device}: use --resume {out} "
                          f"--micro-batch {max(1, videos // 2)}") from None

@@ -59,7 +59,7 @@ class Config:
     loss_form: str = "dual"  # dual (equation 7) or combined (Table 4)
     lambda_frame: float = 1.0  # weight of the loss on MMS_F (equation 7)
     lambda_video: float = 1.0  # weight of the loss on MMS_V (equation 7)
-    logit_scale: float = 4.77  # log t of equation 6; for infonce use 4.6052, CLIP's
+    logit_scale: float = 4.77  # log t of equation 6; CLIP's, for infonce, is 4.6052
     logit_bias: float = -12.93  # b of equation 6, SigLIP's value (section 6)
     learn_scale: bool = False  # train log t and b; the paper fixes them
     freeze: bool = True  # freeze positions, patch and token embeddings (5.2)
@@ -534,7 +534,7 @@ def frame_times(path):
         tick = float(stream.time_base)
         frame_rate = float(stream.average_rate or 25)  # 25 if unknown
         for packet in container.demux():
-            # In other formats, players pass over damaged parts.
+            # An MP4 file was cut off here. In other formats, players skip damaged parts.
             if packet.is_corrupt and container.format.name.startswith("mov"):
                 raise VideoError(f"{path}: only a part of the file is there")
             if packet.stream_index != stream.index:

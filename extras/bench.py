@@ -316,12 +316,14 @@ def bench_long_video(minutes=60):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--memory", action="store_true", help="what training takes, and stop")
-    parser.add_argument("--long-video", action="store_true", help="12 frames of an hour, and stop")
+    stops = parser.add_mutually_exclusive_group()
+    stops.add_argument("--memory", action="store_true", help="what training takes, and stop")
+    stops.add_argument("--long-video", action="store_true", help="12 frames of an hour, and stop")
     args, argv = parser.parse_known_args(argv)
-    if argv and (args.memory or args.long_video):
-        parser.error("--memory and --long-video take no other flags")
     s = parse_settings(["--data", "msrvtt", *argv])
+    main_experiment = parse_settings(["--data", "msrvtt", "--device", s.device])
+    if (args.memory or args.long_video) and s != main_experiment:
+        parser.error("--memory and --long-video take no other flags but --device")
     device = pick_device(s.device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}")

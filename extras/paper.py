@@ -59,7 +59,7 @@ TABLES = {
         ("pad 49406", ["--pad-token", "49406"], "MMS_FV", (48.0, 74.3, 84.0, .653)),
         ("pad 0", ["--pad-token", "0"], "MMS_FV", MAIN)]),
 }
-# The flags that a table compares, and that some of its rows leave at their defaults.
+# The flags with which the names of a table's rows would be untrue.
 COMPARED = {3: ("--interaction", "--loss-form", "--lambda-frame", "--lambda-video"),
             4: ("--loss", "--loss-form", "--lambda-frame", "--lambda-video"),
             5: ("--no-query-augmentation",)}

@@ -785,11 +785,12 @@ USE_CACHE = """
 import numpy, train
 clip = train.load_clips(train.Settings(data="clips.jsonl"))["train"][0]
 numpy.save("after", [train.cached_frames(clip, 2, 16, "cache") for _ in range(2)])
+train.cached_frames(clip, 3, 16, "cache")
 """
 
 def test_an_edit_of_sample_seconds_takes_other_frames_from_the_same_cache(data):
-    """Also one that only concerns some clips, such as short ones. What is random is chosen
-    once."""
+    """Also one that only concerns some clips, such as short ones. Random times are drawn
+    once, then cached."""
     clip = train.load_clips(train.Settings(data="clips.jsonl"))["train"][0]
     before = train.cached_frames(clip, 2, 16, "cache")
     source = Path(video_colbert.__file__).read_text()
@@ -800,7 +801,8 @@ def test_an_edit_of_sample_seconds_takes_other_frames_from_the_same_cache(data):
     shutil.copy(train.__file__, data)
     subprocess.run([sys.executable, "-c", USE_CACHE], check=True)
     first, second = np.load("after.npy")
-    assert np.array_equal(first, second) and len(os.listdir("cache")) == 2
+    # One of the old frames, one of two new ones, and one of three.
+    assert np.array_equal(first, second) and len(os.listdir("cache")) == 3
     assert not np.array_equal(first, before)
 
 @pytest.mark.parametrize("shares, is_refused", [

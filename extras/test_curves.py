@@ -1,8 +1,10 @@
 """The curves of a run show its log."""
 import json
+import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from extras import curves
 from video_colbert import InputError
@@ -24,6 +26,17 @@ def test_a_falling_loss_falls_and_the_panels_have_their_colours(tmp_path):
     is_green = right[..., 1] > right[..., 0] + 60
     assert is_red.any() and is_green.any()
     assert is_red.nonzero()[0].mean() < is_green.nonzero()[0].mean()  # MMS_V is above MMS_F
+
+def test_the_command_draws_the_run_into_the_picture(tmp_path, monkeypatch, capsys):
+    write_log(tmp_path, 20)
+    picture = tmp_path / "curves.png"
+    monkeypatch.setattr(sys, "argv", ["curves", str(tmp_path), str(picture)])
+    curves.main()
+    assert capsys.readouterr().out == f"{picture}\n"
+    assert np.array_equal(np.asarray(Image.open(picture)), curves.draw_curves(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["curves", str(tmp_path / "no run"), "curves.xyz"])
+    with pytest.raises(InputError, match="curves.xyz"):
+        curves.main()
 
 def test_a_point_is_the_mean_of_the_steps_before_it():
     assert curves.smooth([1, 2, 3, 4], 2) == [1, 1.5, 2.5, 3.5]

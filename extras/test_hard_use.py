@@ -625,6 +625,9 @@ def test_each_program_explains_itself(name, monkeypatch, capsys):
 
 @pytest.mark.parametrize("command, message", [
     ("bench --memory --num-frames 64", "--memory and --long-video take no other flags"),
+    ("bench --long-video --device cpu --seed 1", "--memory and --long-video take no other flags"),
+    ("bench --long-video --memory", "not allowed with argument"),
+    ("shapes notes.txt", "File exists"),
     ("predict --num-frames 64", "unrecognized arguments: --num-frames 64"),
     ("shapes .", ".: holds other files than the synthetic clips")])
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
