@@ -266,21 +266,18 @@ def msrvtt_records(root):
         raise InputError(f"no MSR-VTT in {root}: use --root FOLDER{MSRVTT_HELP}")
 
     captions = {}
-    content = read_file(annotation[0], json.load)
+    content = read_file(first_copy(annotation), json.load)
     with user_errors(annotation[0]):
         for sentence in content["sentences"]:
             captions.setdefault(sentence["video_id"], []).append(sentence["caption"])
-    for file, split in ((train_rows[0], "train"), (test_rows[0], "test")):
+    for files, split in ((train_rows, "train"), (test_rows, "test")):
+        file = first_copy(files)
         for row in read_file(file, read_rows):
             with user_errors(file):
                 video = row["video_id"]
                 texts = captions[video] if split == "train" else [row["sentence"]]
             paths = videos.get(video, [video])  # a missing one counts as unreadable
-            # Copies of a file do no harm, but another dataset may use the same names.
-            for copy in paths[1:]:
-                if file_id(copy) != file_id(paths[0]):
-                    raise InputError(f"{paths[0]} and {copy} differ: use another --root")
-            yield file, dict(video=paths[0], captions=texts, split=split)
+            yield file, dict(video=first_copy(paths), captions=texts, split=split)
 
 def read_rows(file):
     return list(csv.DictReader(file))
@@ -288,6 +285,14 @@ def read_rows(file):
 def find_files(root, pattern):
     """Files in or below a folder whose name matches, sorted. Links are followed."""
     return sorted(glob.glob(f"{glob.escape(str(root))}/**/{pattern}", recursive=True))
+
+def first_copy(paths):
+    """The first of several files of one name. Raises InputError if they differ, as when
+    another dataset uses the same names."""
+    for path in paths[1:]:
+        if file_id(path) != file_id(paths[0]):
+            raise InputError(f"{paths[0]} and {path} differ: use a folder with only one of them")
+    return paths[0]
 
 def read_file(path, parse):
     """-> parse(file) for a text file. Raises InputError."""
@@ -663,9 +668,11 @@ def train(model, data, s, device, out, data_id):
     handle_signals(signal.default_int_handler)  # a signal raises KeyboardInterrupt again
 
 def log_evaluations(log, epoch, model, data, s, device):
-    """After an epoch: the validation set, and every --eval-every epochs the test set."""
+    """After an epoch: the validation set, and every --eval-every epochs, and after the last
+    one, the test set."""
+    is_last = epoch + 1 == s.epochs
     for split, every in (("val", 1), ("test", s.eval_every)):
-        if data[split] and every and (epoch + 1) % every == 0:
+        if data[split] and every and (is_last or (epoch + 1) % every == 0):
             mms_f, mms_v, target = evaluate(model, data[split], s, device)
             score, sim = trained_score(mms_f, mms_v, s)
             metrics = retrieval_metrics(sim, target)
@@ -753,6 +760,8 @@ def restore(out, state, data_id, s):
     content = load_checkpoint(out)
     if content is None:
         # A run that has ended has a model and no checkpoints. Never train over it.
+        if read_result(out):
+            raise InputError(f"{out} has ended meanwhile: use --resume again for its results")
         if (out / "model.safetensors").exists():
             raise InputError(f"{out} holds a model, but its log is damaged: start a new run")
         return 0, 0
@@ -1062,10 +1071,29 @@ def handle_signals(handler):
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         signal.signal(signal.SIGHUP, handler)
 
+class SteadyStream:
+    """A stream to which a failed write does no harm, for messages and progress bars: Ctrl-C
+    also ends the `tee` of `2>&1 | tee FILE`, and a disk may be full."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
 def run_main(program, name):
     """Bad input prints one line and exits with code 2. A stop exits with code 130. A bug
     shows its traceback."""
     handle_signals(signal.default_int_handler)
+    sys.stderr = SteadyStream(sys.stderr)
     try:
         program()
         sys.stdout.flush()

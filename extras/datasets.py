@@ -17,7 +17,7 @@ import shlex
 from pathlib import Path
 from textwrap import shorten
 
-from train import Clip, atomic_write, find_files, read_file, run_main
+from train import Clip, atomic_write, find_files, first_copy, read_file, run_main
 from video_colbert import InputError
 
 SPLITS = ("train", "val", "test")
@@ -30,16 +30,19 @@ def find_file(root, name):
     found = find_files(root, name)
     if not found:
         raise InputError(f"no {name} in {root}")
-    return found[0]
+    return first_copy(found)
 
 def index_videos(root):
-    """{file name, with and without its ending: path} of all videos in or below a folder."""
+    """{file name, with and without its ending: paths} of all videos in or below a folder."""
     paths = [path for path in find_files(root, "*") if path.lower().endswith(VIDEO_ENDINGS)]
     if not paths:
         raise InputError(f"no videos ({' '.join(VIDEO_ENDINGS)}) in {root}")
-    paths.reverse()  # so that the first of several with one name wins
-    by_stem = {Path(path).stem: path for path in paths}
-    by_name = {Path(path).name: path for path in paths}
+    by_name, by_stem = {}, {}
+    for path in paths:
+        name = Path(path).name
+        by_name.setdefault(name, []).append(path)
+        # Of several endings, such as .mkv and .mp4, the first.
+        by_stem.setdefault(Path(path).stem, by_name[name])
     return by_stem | by_name
 
 def find_video(videos, video, root):
@@ -50,7 +53,7 @@ def find_video(videos, video, root):
     stem = os.path.splitext(video)[0] if has_ending else video
     for name in (video, stem, video.removeprefix("v_"), f"v_{video}"):
         if name in videos:
-            return videos[name]
+            return first_copy(videos[name])
     return os.path.join(root, video if has_ending else f"{video}.mp4")
 
 def get_field(record, name):
@@ -102,11 +105,15 @@ def load_msrvtt(root):
     not tested are trained on. A test video has one query."""
     test_path = find_file(root, "MSRVTT_JSFUSION_test.csv")
     test = [(row.get("video_id"), [row.get("sentence")]) for row in read_table(test_path)]
-    paths = (find_files(root, "MSRVTT_data.json")[:1]  # CLIP4Clip
-             or find_files(root, "MSR_VTT.json")[:1]  # Frozen in Time
+    found = (find_files(root, "MSRVTT_data.json")  # CLIP4Clip
+             or find_files(root, "MSR_VTT.json")  # Frozen in Time
              or find_files(root, "*_videodatainfo.json"))  # the challenge, in two files
-    if not paths:
+    if not found:
         raise InputError(f"no MSRVTT_data.json, MSR_VTT.json or *_videodatainfo.json in {root}")
+    copies = {}
+    for path in found:
+        copies.setdefault(Path(path).name, []).append(path)
+    paths = [first_copy(files) for files in copies.values()]
 
     captions = {}
     for path in paths:
@@ -253,6 +260,8 @@ def make_clips(source, annotated, videos, root, end):
                 raise ValueError("expected each clip only once")
             # JSON may hold half of a surrogate pair, which cannot be written.
             "".join([clip.path, *captions]).encode()
+        except InputError:
+            raise  # of two files of one name
         except ValueError as error:
             raise InputError(f"{source}: {error}, got {(video, captions)!r:.200}") from None
         seen.add(path)

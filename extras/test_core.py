@@ -391,8 +391,23 @@ def test_two_videos_of_one_name_are_copies_or_an_error(tmp_path):
     (root / "shapes/video5.mp4").write_text("another")
     assert len(train.load_clips(s)["test"]) == 2
     (root / "shapes/video1.mp4").write_text("another")
-    message = "copy/video1.mp4 and .*shapes/video1.mp4 differ: use another --root"
+    message = "copy/video1.mp4 and .*shapes/video1.mp4 differ: use a folder with only one"
     with pytest.raises(InputError, match=message):
+        train.load_clips(s)
+
+@pytest.mark.parametrize("name", [
+    "MSRVTT_data.json", "MSRVTT_train.9k.csv", "MSRVTT_JSFUSION_test.csv"])
+def test_two_files_of_captions_are_copies_or_an_error(tmp_path, name):
+    """As after a backup and a correction."""
+    root = write_msrvtt(tmp_path)
+    s = train.Settings(data="msrvtt", root=str(root))
+    data = train.load_clips(s)
+    (root / "backup").mkdir()
+    shutil.copy(root / name, root / "backup")
+    assert train.load_clips(s) == data
+    with open(root / name, "a") as file:
+        file.write("\n")
+    with pytest.raises(InputError, match=f"{name} and .*backup/{name} differ: use a folder"):
         train.load_clips(s)
 
 def test_missing_data_is_noticed_before_weights_are_fetched_and_says_where_to_get_it(tmp_path):
@@ -1046,6 +1061,26 @@ def evaluate_slowly(*flags):
     run_program(*flags)
 
 STOPPED = r"stopped after (\d+) steps; continue with --resume a$"
+
+def run_without_messages(kind, *flags):
+    descriptor = os.open("/dev/full", os.O_WRONLY)
+    if kind == "reader left":
+        reader, descriptor = os.pipe()
+        os.close(reader)
+    os.dup2(descriptor, 2)
+    run_program(*flags)
+
+@pytest.mark.parametrize("kind", ["reader left", "disk full"])
+def test_a_run_whose_messages_cannot_be_written_goes_on_and_saves(data, kind):
+    """Ctrl-C also ends the `tee` of `python train.py 2>&1 | tee FILE`."""
+    process = start(run_without_messages, kind, *SMALL, "--data", "clips.jsonl", "--epochs",
+                    "100000", "--out", "a")
+    wait_for(lambda: len(train.read_log("a")) > 5, process)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 130
+    steps = [line["step"] for line in train.read_log("a") if "loss" in line]
+    assert train.load_checkpoint("a")["step"] == len(steps) == steps[-1] + 1
 
 def test_ctrl_c_under_torchrun_saves_and_says_how_to_resume(data):
     """What torchrun prints after it is its own."""

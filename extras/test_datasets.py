@@ -3,6 +3,7 @@ import json
 import os
 import pickle
 import runpy
+import shutil
 import sys
 from collections import OrderedDict, defaultdict
 from pathlib import Path
@@ -395,3 +396,30 @@ def test_a_file_that_a_user_has_edited_is_not_overwritten(tmp_path, video, capsy
     with pytest.raises(InputError, match="clips.jsonl is there, with other lines: remove it, or"):
         main(["msvd", str(tmp_path)])
     assert (tmp_path / "clips.jsonl").read_bytes() == edited
+
+def msrvtt_with_copies(root, video):
+    """The challenge's copy, twice, and each video twice."""
+    test = "video_id,sentence\nvideo9,a query\n"
+    files = {"train_val_videodatainfo.json": sentences("video1"),
+             "test_videodatainfo.json": sentences("video9"), "MSRVTT_JSFUSION_test.csv": test,
+             "videos/video1.mp4": video, "videos/video9.mp4": video}
+    write(root / "a", files)
+    shutil.copytree(root / "a", root / "b")
+
+def test_copies_of_files_are_one_file(tmp_path, video):
+    msrvtt_with_copies(tmp_path, video)
+    lines = convert("msrvtt", tmp_path)
+    assert [line["captions"] for line in lines] == [msrvtt_captions("video1"), ["a query"]]
+
+@pytest.mark.parametrize("name", ["train_val_videodatainfo.json", "MSRVTT_JSFUSION_test.csv",
+                                  "videos/video1.mp4", "videos/video9.mp4"])
+def test_files_of_one_name_that_differ_are_refused(tmp_path, video, name):
+    """The synthetic clips, for example, have MSR-VTT's names."""
+    msrvtt_with_copies(tmp_path, video)
+    (tmp_path / "b/videos/video5.mp4").write_text("another, which is not used")
+    with open(tmp_path / "b" / name, "a") as file:
+        file.write("\n")
+    message = f"^{tmp_path}/a/{name} and {tmp_path}/b/{name} differ: use a folder with only one"
+    with pytest.raises(InputError, match=message):
+        convert("msrvtt", tmp_path)
+    assert not (tmp_path / "clips.jsonl").exists()

@@ -642,3 +642,26 @@ def test_a_command_that_cannot_be_followed_is_refused(
         runpy.run_module(f"extras.{name}", run_name="__main__")
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert os.listdir() == ["notes.txt"]
+
+# ---- Found in an eleventh hour
+def test_the_last_epoch_can_be_the_best_one(data):
+    """Also if their number is not a multiple of --eval-every."""
+    train.main([*FLAGS, "--epochs", "3", "--eval-every", "2", "--out", "a"])
+    tests = [line for line in records("a") if line.get("split") == "test"]
+    assert [line["epoch"] for line in tests] == [1, 2]
+    result = train.read_result("a")
+    row = result["evaluation"][2]
+    assert row["score"] == "MMS_FV" and row["R@1"] == tests[-1]["R@1"] <= result["best"]["R@1"]
+
+def test_a_run_that_ends_while_another_begins_to_resume_it_is_not_called_damaged(
+        data, monkeypatch):
+    run_until(monkeypatch, [*FLAGS, "--out", "a"], "result_rows", 0)
+    fill_cache = train.fill_cache
+    def ends_meanwhile(*args):
+        monkeypatch.setattr(train, "fill_cache", fill_cache)
+        train.main(["--resume", "a"])
+        return fill_cache(*args)
+    monkeypatch.setattr(train, "fill_cache", ends_meanwhile)
+    with pytest.raises(InputError, match="^a has ended meanwhile: use --resume again"):
+        train.main(["--resume", "a"])
+    assert train.read_result("a")

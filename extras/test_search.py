@@ -527,6 +527,23 @@ def test_a_folder_that_moved_is_not_encoded_again(tmp_path, clips, tiny, encoded
                                          "or all with another size or time"):
         VideoIndex.build(tmp_path / "other", tiny, tmp_path / "index")
 
+def test_another_folder_with_a_few_of_the_same_videos_does_not_replace_the_others(
+        tmp_path, clips, tiny):
+    """Their vectors would be lost, although they are still where they were."""
+    index, _ = VideoIndex.build(clips, tiny, tmp_path / "index")
+    (tmp_path / "few").mkdir()
+    shutil.copy2(clips / "0.mp4", tmp_path / "few")
+    message = f"11 videos of {clips} that {tmp_path}/few lacks, the first is .*: index into another"
+    with pytest.raises(InputError, match=message):
+        VideoIndex.build(tmp_path / "few", tiny, tmp_path / "index")
+    assert names(VideoIndex.load(tmp_path / "index")) == names(index)
+    # A copy of all of them is as good as the folder itself, and so is one that replaced it.
+    shutil.copytree(clips, tmp_path / "copy", symlinks=True)
+    VideoIndex.build(tmp_path / "copy", tiny, tmp_path / "index")
+    shutil.rmtree(tmp_path / "copy")
+    index, _ = VideoIndex.build(tmp_path / "few", tiny, tmp_path / "index")
+    assert names(index) == ["0.mp4"]
+
 def test_a_fingerprint_changes_with_what_changes_vectors_alone(tiny):
     """Settings of Q, F and V, every weight, mean and std; nothing of the loss."""
     model, settings, changes = copy.deepcopy(tiny), tiny.config, set()

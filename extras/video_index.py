@@ -297,6 +297,13 @@ class VideoIndex:
                              "all with another size or time (cp -a keeps times). Is a drive "
                              "not mounted? To drop them all, remove the index first")
 
+        left = [video.path for i, video in enumerate(self.videos)
+                if i not in keep and os.path.exists(f"{self.meta['root']}/{video.path}")]
+        if is_other_root and left:
+            raise InputError(f"{self.folder} has {len(left)} videos of {self.meta['root']} "
+                             f"that {meta['root']} lacks, the first is {left[0]!r}: index "
+                             "into another folder")
+
         gone = [video.path for i, video in enumerate(self.videos)
                 if i not in keep and video.path not in found]
         if gone:
