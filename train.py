@@ -291,7 +291,8 @@ def first_copy(paths):
     another dataset uses the same names."""
     for path in paths[1:]:
         if file_id(path) != file_id(paths[0]):
-            raise InputError(f"{paths[0]} and {path} differ: use a folder with only one of them")
+            raise InputError(
+                f"{paths[0]} and {path} differ: use a folder with only one of them")
     return paths[0]
 
 def read_file(path, parse):
@@ -668,8 +669,8 @@ def train(model, data, s, device, out, data_id):
     handle_signals(signal.default_int_handler)  # a signal raises KeyboardInterrupt again
 
 def log_evaluations(log, epoch, model, data, s, device):
-    """After an epoch: the validation set, and every --eval-every epochs, and after the last
-    one, the test set."""
+    """After an epoch: the validation set, and the test set every --eval-every epochs and
+    after the last one."""
     is_last = epoch + 1 == s.epochs
     for split, every in (("val", 1), ("test", s.eval_every)):
         if data[split] and every and (is_last or (epoch + 1) % every == 0):
@@ -761,7 +762,7 @@ def restore(out, state, data_id, s):
     if content is None:
         # A run that has ended has a model and no checkpoints. Never train over it.
         if read_result(out):
-            raise InputError(f"{out} has ended meanwhile: use --resume again for its results")
+            raise InputError(f"{out} has ended meanwhile: use --resume again")
         if (out / "model.safetensors").exists():
             raise InputError(f"{out} holds a model, but its log is damaged: start a new run")
         return 0, 0
