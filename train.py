@@ -9,6 +9,7 @@
 import argparse
 import contextlib
 import csv
+import filecmp
 import glob
 import hashlib
 import inspect
@@ -38,6 +39,7 @@ import torch
 import torch.distributed as dist
 import tyro
 from tqdm import tqdm
+from tqdm.utils import ObjectWrapper
 
 from video_colbert import (
     Config, InputError, VideoColBERT, VideoError, mms_fv, reciprocal_rank_fusion,
@@ -290,7 +292,9 @@ def first_copy(paths):
     """The first of several files of one name. Raises InputError if they differ, as when
     another dataset uses the same names."""
     for path in paths[1:]:
-        if file_id(path) != file_id(paths[0]):
+        with user_errors(f"{paths[0]} and {path}", OSError):
+            is_copy = filecmp.cmp(paths[0], path)
+        if not is_copy:
             raise InputError(
                 f"{paths[0]} and {path} differ: use a folder with only one of them")
     return paths[0]
@@ -669,8 +673,8 @@ def train(model, data, s, device, out, data_id):
     handle_signals(signal.default_int_handler)  # a signal raises KeyboardInterrupt again
 
 def log_evaluations(log, epoch, model, data, s, device):
-    """After an epoch: the validation set, and the test set every --eval-every epochs and
-    after the last one."""
+    """After an epoch: evaluate on the validation set. Every --eval-every epochs, and after
+    the last one, also on the test set."""
     is_last = epoch + 1 == s.epochs
     for split, every in (("val", 1), ("test", s.eval_every)):
         if data[split] and every and (is_last or (epoch + 1) % every == 0):
@@ -1072,23 +1076,17 @@ def handle_signals(handler):
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         signal.signal(signal.SIGHUP, handler)
 
-class SteadyStream:
-    """A stream to which a failed write does no harm, for messages and progress bars: Ctrl-C
-    also ends the `tee` of `2>&1 | tee FILE`, and a disk may be full."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
+class SteadyStream(ObjectWrapper):
+    """A stream to which a failed write does no harm, for messages and progress bars.
+    Ctrl-C also ends the `tee` of `2>&1 | tee FILE`, and a disk may be full."""
 
     def write(self, text):
         with contextlib.suppress(OSError):
-            self.stream.write(text)
+            self._wrapped.write(text)
 
     def flush(self):
         with contextlib.suppress(OSError):
-            self.stream.flush()
+            self._wrapped.flush()
 
 def run_main(program, name):
     """Bad input prints one line and exits with code 2. A stop exits with code 130. A bug

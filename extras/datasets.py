@@ -110,10 +110,8 @@ def load_msrvtt(root):
              or find_files(root, "*_videodatainfo.json"))  # the challenge, in two files
     if not found:
         raise InputError(f"no MSRVTT_data.json, MSR_VTT.json or *_videodatainfo.json in {root}")
-    copies = {}
-    for path in found:
-        copies.setdefault(Path(path).name, []).append(path)
-    paths = [first_copy(files) for files in copies.values()]
+    names = dict.fromkeys(Path(path).name for path in found)  # copies have the same one
+    paths = [find_file(root, name) for name in names]
 
     captions = {}
     for path in paths:

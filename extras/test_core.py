@@ -402,12 +402,20 @@ def test_two_files_of_captions_are_copies_or_an_error(tmp_path, name):
     root = write_msrvtt(tmp_path)
     s = train.Settings(data="msrvtt", root=str(root))
     data = train.load_clips(s)
-    (root / "backup").mkdir()
-    shutil.copy(root / name, root / "backup")
+    for folder in ("backup", "backup2"):
+        (root / folder).mkdir()
+        shutil.copy(root / name, root / folder)
     assert train.load_clips(s) == data
-    with open(root / name, "a") as file:
-        file.write("\n")
-    with pytest.raises(InputError, match=f"{name} and .*backup/{name} differ: use a folder"):
+    # A correction at the end of a long file, which keeps its size.
+    content = (root / name).read_bytes()
+    (root / name).write_bytes(100_000 * b" " + content)
+    shutil.copy(root / name, root / "backup")
+    (root / "backup2" / name).write_bytes(100_000 * b" " + content[:-1] + b" ")
+    with pytest.raises(InputError, match=f"{name} and .*backup2/{name} differ: use a folder"):
+        train.load_clips(s)
+    (root / "backup2" / name).unlink()
+    (root / "backup2" / name).symlink_to("nowhere")
+    with pytest.raises(InputError, match=f"{name} and .*backup2/{name}: No such file"):
         train.load_clips(s)
 
 def test_missing_data_is_noticed_before_weights_are_fetched_and_says_where_to_get_it(tmp_path):
@@ -1067,7 +1075,7 @@ def run_without_messages(kind, *flags):
     if kind == "reader left":
         reader, descriptor = os.pipe()
         os.close(reader)
-    os.dup2(descriptor, 2)
+    sys.stderr = open(descriptor, "w", buffering=1)
     run_program(*flags)
 
 @pytest.mark.parametrize("kind", ["reader left", "disk full"])

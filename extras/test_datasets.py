@@ -411,6 +411,11 @@ def test_copies_of_files_are_one_file(tmp_path, video):
     lines = convert("msrvtt", tmp_path)
     assert [line["captions"] for line in lines] == [msrvtt_captions("video1"), ["a query"]]
 
+def test_a_video_that_was_re_encoded_beside_the_original_is_no_error(tmp_path, video):
+    msrvtt_with_copies(tmp_path, video)
+    (tmp_path / "b/videos/video1.mkv").write_text("the original")
+    assert convert("msrvtt", tmp_path)[0]["video"] == "a/videos/video1.mp4"
+
 @pytest.mark.parametrize("name", ["train_val_videodatainfo.json", "MSRVTT_JSFUSION_test.csv",
                                   "videos/video1.mp4", "videos/video9.mp4"])
 def test_files_of_one_name_that_differ_are_refused(tmp_path, video, name):

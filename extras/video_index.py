@@ -299,10 +299,10 @@ class VideoIndex:
 
         left = [video.path for i, video in enumerate(self.videos)
                 if i not in keep and os.path.exists(f"{self.meta['root']}/{video.path}")]
-        if is_other_root and left:
+        if left and not os.path.samefile(self.meta["root"], meta["root"]):
             raise InputError(f"{self.folder} has {len(left)} videos of {self.meta['root']} "
-                             f"that {meta['root']} lacks, the first is {left[0]!r}: index "
-                             "into another folder")
+                             f"that {meta['root']} lacks, or has with another size or time, "
+                             f"the first is {left[0]!r}: index into another folder")
 
         gone = [video.path for i, video in enumerate(self.videos)
                 if i not in keep and video.path not in found]
