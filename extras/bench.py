@@ -5,10 +5,9 @@
     python -m extras.bench --long-video  12 frames of an hour of 720p, against decoding it all
 
 The first takes train.py's flags, too. Its clips are those of --data if they are there, else
-synthetic.
-Calls that are compared take turns, so that a busy machine is equally busy for all of them:
-trust the ratios. With `pip install decord`, decoding is compared with it. Beside a step's
-time stands what it should take on some cards (extras/predict.py).
+synthetic. Calls that are compared take turns, so that a busy machine is equally busy for all
+of them: trust the ratios. With `pip install decord`, decoding is compared with it. Beside a
+step's time stands what it should take on some cards (extras/predict.py).
 """
 import argparse
 import io

@@ -91,7 +91,8 @@ def write_shapes(root, galleries=6):
     # The lock is the first file of ours.
     names = {path.name for path in root.iterdir()}
     if names and "lock" not in names:
-        raise ValueError("holds other files than the synthetic clips; train.py --data trains on your own")
+        raise ValueError(
+            "holds other files than the synthetic clips; train.py --data trains on your own")
     with filelock.FileLock(root / "lock"):
         if (root / "clips.jsonl").exists():
             return
