@@ -171,7 +171,6 @@ def test_frames_are_normalised_as_the_weights_want_and_a_saved_model_remembers(
     (dict(backbone="coca_ViT-B-32"), "'coca_ViT-B-32' is not supported"),
     (dict(backbone="RN101-quickgelu"), "'RN101-quickgelu' is not supported"),
     (dict(backbone="convnext_tiny"), "'convnext_tiny' is not supported"),
-    (dict(backbone="ViT-L-14-worldwide"), "'ViT-L-14-worldwide' is not supported"),
     (dict(backbone="ViT-H-14-CLIPA"), "'ViT-H-14-CLIPA' is not supported"),
     (dict(backbone="ViT-SO400M-16-SigLIP-i18n-256"), "-i18n-256' is not supported"),
     (dict(backbone="tiny", num_tokens=100), "num_tokens must be 3 to 77"),

@@ -393,7 +393,7 @@ def write_sound(path, codec="aac", cover=None, frames=0):
         if cover:
             picture = container.add_stream(cover[0], rate=1)
             picture.width, picture.height, picture.pix_fmt = 32, 32, cover[1]
-            picture.disposition = av.stream.Disposition.attached_pic
+            picture.disposition = av.stream.Disposition.attached_pic.value  # av 17 wants a number
             encode_grey(container, picture, 1)
         if frames:
             encode_grey(container, stream, frames)
