@@ -41,9 +41,10 @@ import tyro
 from tqdm import tqdm
 from tqdm.utils import ObjectWrapper
 
+import video_colbert
 from video_colbert import (
     Config, InputError, VideoColBERT, VideoError, mms_fv, reciprocal_rank_fusion,
-    retrieval_metrics, sample_frames, sample_seconds, video_to_text)
+    retrieval_metrics, sample_frames, video_to_text)
 
 # The number of this process, and how many there are (torchrun).
 RANK = int(os.environ.get("RANK", 0))
@@ -321,13 +322,35 @@ def data_hash(data):
     return hashlib.sha256(json.dumps(clips).encode()).hexdigest()
 
 # ---- Frames: each clip is decoded once, into a file of the cache
-CACHE_VERSION = 5  # increase it when frames are decoded or resized in another way
-SAMPLING = inspect.getsource(sample_seconds)  # so that an edit of it is noticed
+def frames_version():
+    """A hash of the code that takes frames: of sample_frames, and of the functions and
+    constants of video_colbert.py that it uses. It changes with an edit of any of them, but
+    also with Python's version, because it is made from bytecode."""
+    names, parts = ["sample_frames"], []
+    for name in names:  # more are added on the way
+        value = inspect.unwrap(vars(video_colbert).get(name))
+        if inspect.isfunction(value):
+            parts.append(repr(value.__defaults__))
+            for code in code_objects(value.__code__):
+                constants = [x for x in code.co_consts if not inspect.iscode(x)]
+                parts.append(f"{name} {code.co_code.hex()} {code.co_names} {constants}")
+                names += [other for other in code.co_names if other not in names]
+        elif isinstance(value, (int, float, str, tuple, list, dict)):
+            parts.append(f"{name} {value}")
+    return hashlib.sha1(" ".join(parts).encode()).hexdigest()
 
-def cached_frames(clip, num_frames, size, cache):
-    """sample_frames of a clip through the cache: uint8 (N, 3, size, size)."""
-    key = [CACHE_VERSION, os.path.abspath(clip.path), file_id(clip.path), clip.start,
-           clip.end, num_frames, SAMPLING, size]
+def code_objects(code):
+    """A function's code object, and those inside it, such as generator expressions."""
+    yield code
+    for constant in code.co_consts:
+        if inspect.iscode(constant):
+            yield from code_objects(constant)
+
+def cached_frames(clip, num_frames, size, cache, version):
+    """sample_frames of a clip through the cache: uint8 (N, 3, size, size). `version` is
+    frames_version()."""
+    key = [version, os.path.abspath(clip.path), file_id(clip.path), clip.start,
+           clip.end, num_frames, size]
     with contextlib.suppress(OSError):
         # Also the modification time, because file_id reads only the first 64 KB.
         key.append(os.stat(clip.path).st_mtime_ns)
@@ -346,14 +369,15 @@ def load_frames(clips, s, size):
     """-> uint8 (B, N, 3, size, size), in pinned memory if there is a GPU."""
     frames = torch.empty(len(clips), s.num_frames, 3, size, size, dtype=torch.uint8,
                          pin_memory=torch.cuda.is_available())
+    version = frames_version()
     for row, clip in zip(frames, clips):
-        row.copy_(cached_frames(clip, s.num_frames, size, s.cache))
+        row.copy_(cached_frames(clip, s.num_frames, size, s.cache, version))
     return frames
 
 def fill_cache(clips, split, s, size):
     """Decode what the cache lacks -> the clips of a split that can be read."""
     mine = rank_slice(clips)
-    fill = partial(cache_clip, s=s, size=size)
+    fill = partial(cache_clip, s=s, size=size, version=frames_version())
     threads = max(s.workers, torch.get_num_threads())  # more, because nothing trains yet
     results = prefetch(fill, mine, threads)
     bar = tqdm(results, desc=split, total=len(mine), disable=RANK > 0)
@@ -368,10 +392,10 @@ def fill_cache(clips, split, s, size):
         raise InputError(f"none of the {missing} {split} clips can be read")
     return readable
 
-def cache_clip(clip, s, size):
+def cache_clip(clip, s, size, version):
     """Put a clip's frames into the cache -> False if its video cannot be read."""
     try:
-        cached_frames(clip, s.num_frames, size, s.cache)
+        cached_frames(clip, s.num_frames, size, s.cache, version)
         return True
     except VideoError as error:
         tqdm.write(f"cannot read {error}", file=sys.stderr)
@@ -618,17 +642,19 @@ def train(model, data, s, device, out, data_id):
     first, log_end = restore(out, state, data_id, s)
     # Only the first process logs. The log is cut back to the checkpoint.
     log = open(os.devnull, "ab") if RANK > 0 else open_log(out, log_end)
+    if first == 0 and RANK == 0:
+        # So that a log without a checkpoint shows that one was lost.
+        save_checkpoint(out, 0, 0, state, data_id, s)
 
-    # A signal only asks to stop, so that no step is cut short.
-    stop_signal = threading.Event()
-    handle_signals(lambda number, frame: stop_signal.set())
     load = partial(load_batch, clips=clips, s=s, model=model)
     todo = itertools.islice(batches(clips, s), first, None)
     bar = tqdm(desc=f"training on {device_name(device)}", initial=first, total=steps,
                disable=RANK > 0)
     unread = []  # steps whose numbers are still on the GPU
     stops = False
-    with log, bar:
+    # A signal only asks to stop, so that no step is cut short.
+    stop_signal = threading.Event()
+    with log, bar, signal_handler(lambda number, frame: stop_signal.set()):
         for step, inputs in enumerate(prefetch(load, todo, s.workers), first):
             epoch = sum(end <= step for end in ends)  # how many have ended
             # Evaluate the previous epoch only now that its checkpoint is saved: a run
@@ -663,14 +689,14 @@ def train(model, data, s, device, out, data_id):
                 break
         if not stops and RANK == 0:
             log_evaluations(log, s.epochs - 1, model, data, s, device)
+        # After the break, or if a signal came in the last evaluation.
+        stops = any_process(stop_signal.is_set())
 
-    # After the break, or if a signal came in the last evaluation.
-    if any_process(stop_signal.is_set()):
+    if stops:
         if RANK == 0:
             note = f"stopped after {bar.n} steps; continue with --resume {out}"
             print(note, file=sys.stderr)
         raise KeyboardInterrupt  # run_main makes it exit code 130
-    handle_signals(signal.default_int_handler)  # a signal raises KeyboardInterrupt again
 
 def log_evaluations(log, epoch, model, data, s, device):
     """After an epoch: evaluate on the validation set. Every --eval-every epochs, and after
@@ -764,11 +790,13 @@ def restore(out, state, data_id, s):
     """Load the last checkpoint -> its step and the log's length, or 0, 0 without one."""
     content = load_checkpoint(out)
     if content is None:
-        # A run that has ended has a model and no checkpoints. Never train over it.
         if read_result(out):
             raise InputError(f"{out} has ended meanwhile: use --resume again")
-        if (out / "model.safetensors").exists():
-            raise InputError(f"{out} holds a model, but its log is damaged: start a new run")
+        # A run has a checkpoint before it has a log, and a model only when it has ended.
+        # Never train over either.
+        if read_log(out) or (out / "model.safetensors").exists():
+            raise InputError(f"{out} has no checkpoints, but a log or a model: put its "
+                             "checkpoints back, or start a new run")
         return 0, 0
     if content["data"] != data_id:
         raise InputError(f"{out} was started with other clips or captions, "
@@ -856,6 +884,8 @@ def results_table(result):
         lines[0] += f", {result['missing']} test clips missing: not comparable"
     if result["missing_train"]:
         lines[0] += f", {result['missing_train']} training clips missing"
+    if result.get("missing_val"):  # older results do not count them
+        lines[0] += f", {result['missing_val']} validation clips missing"
     lines.append("".join(f"{name:>14}" for name in result["evaluation"][0]))
     for row in result["evaluation"]:
         cells = [f"{x:.3f}" if isinstance(x, float) else x for x in row.values()]
@@ -919,7 +949,8 @@ def run(s, device):
                 evaluation=result_rows(*scores_and_target, s.interaction),
                 best=best_epoch(out),
                 gallery=len(readable["test"]), missing=missing["test"],
-                missing_train=missing.get("train", 0), data=data_id,
+                missing_train=missing.get("train", 0),
+                missing_val=missing.get("val", 0), data=data_id,
                 machine=f"{WORLD} x {device_name(device)}, torch {torch.__version__}")
             with open_log(out) as log:
                 write_line(log, result)
@@ -1069,12 +1100,19 @@ def main(argv=None):
     if WORLD > 1:
         dist.destroy_process_group()
 
-def handle_signals(handler):
-    signal.signal(signal.SIGINT, handler)
-    signal.signal(signal.SIGTERM, handler)
+@contextlib.contextmanager
+def signal_handler(handler):
+    """Let `handler` take the signals that stop a program, and then the old one again."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
     # SIGHUP comes when the terminal closes. Windows has none; under nohup it is ignored.
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, handler)
+        numbers.append(signal.SIGHUP)
+    old = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, old[number])
 
 class SteadyStream(ObjectWrapper):
     """A stream to which a failed write does no harm, for messages and progress bars.
@@ -1091,10 +1129,10 @@ class SteadyStream(ObjectWrapper):
 def run_main(program, name):
     """Bad input prints one line and exits with code 2. A stop exits with code 130. A bug
     shows its traceback."""
-    handle_signals(signal.default_int_handler)
     sys.stderr = SteadyStream(sys.stderr)
     try:
-        program()
+        with signal_handler(signal.default_int_handler):
+            program()
         sys.stdout.flush()
     except BrokenPipeError:
         os._exit(0)  # the reader of the output, such as `head`, has left

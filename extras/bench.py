@@ -29,7 +29,8 @@ from extras.memory import bench_memory, extra_megabytes, random_batch
 from extras.predict import CARDS, predictions
 from extras.shapes import draw_clip
 from train import (
-    Clip, autocast, cached_frames, load_frames, parse_settings, pick_device, run_main)
+    Clip, autocast, cached_frames, frames_version, load_frames, parse_settings, pick_device,
+    run_main)
 from video_colbert import (
     InputError, VideoColBERT, frame_times, frames_at, mean_max_sim, mms_fv, sample_frames,
     sample_seconds, sample_times)
@@ -134,12 +135,13 @@ def bench_clips(s, size, device):
     N, times, jpeg_bytes = s.num_frames, [], 0
     with tempfile.TemporaryDirectory() as folder:
         clips, source = some_clips(s, folder)
+        version = frames_version()
         for clip in clips:
             part = clip.start, clip.end
             jpegs = to_jpegs(sample_frames(clip.path, N, size, *part))
             jpeg_bytes += sum(len(file.getvalue()) for file in jpegs)
             calls = [lambda: sample_frames(clip.path, N, size, *part),
-                     lambda: cached_frames(clip, N, size, folder),
+                     lambda: cached_frames(clip, N, size, folder, version),
                      lambda: [np.asarray(Image.open(file)) for file in jpegs]]
             if decord and size % 32 == 0:  # it fails on other sizes
                 calls.append(lambda: decord_frames(clip.path, N, size, *part))
@@ -182,7 +184,7 @@ def bench_step(s, model, device):
         return frames.flatten(0, 1).float().sub_(model.mean).div_(model.std)
 
     def backward(module, *inputs):
-        with autocast(device):
+        with autocast(device, s.precision):
             out = module(*inputs)
         out.sum().backward()
 
@@ -198,11 +200,11 @@ def bench_step(s, model, device):
         settings = replace(s, micro_batch=micro_batch)
         train.training_step(model, optimizer, scaler, settings, *batch)
 
-    with torch.no_grad(), autocast(device):
+    with torch.no_grad(), autocast(device, s.precision):
         images, Q = scale_pixels(), model.encode_query(ids)
         F, V = model.encode_video(frames)
     with FlopCounterMode(display=False) as counter:
-        with autocast(device):
+        with autocast(device, s.precision):
             loss = model(ids, mask, frames, positives)[0]
         loss.backward()
     if s.compile:
@@ -256,7 +258,7 @@ def bench_query(s, model, device, gallery=1000):
     mask = torch.ones_like(ids, dtype=torch.bool)
 
     def encode():
-        with autocast(device):
+        with autocast(device, s.precision):
             return model.encode_query(ids)
 
     def answer():

@@ -29,7 +29,7 @@ def cost_table(s, device, gallery=1000, videos=8, repeat=19):
     # The calls take turns, so that a busy machine is busy for all of them.
     calls = [partial(model.backbone.visual, images), partial(model.encode_video, frames),
              partial(answer, F), partial(answer, V), partial(answer, F, V)]
-    with autocast(device):
+    with autocast(device, s.precision):
         costs = [1000 * seconds for seconds in median_seconds(device, *calls, repeat=repeat)]
     frame_cost, video_cost = costs[0] / videos, costs[1] / videos
     lines = []

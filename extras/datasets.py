@@ -103,6 +103,9 @@ def load_msrvtt(root):
     """9k training and 1k-A test videos (section 5.1), from the copy of CLIP4Clip, of Frozen
     in Time or of the official challenge. Without MSRVTT_train.9k.csv all videos that are
     not tested are trained on. A test video has one query."""
+    if not find_files(root, "MSRVTT_JSFUSION_test.csv"):
+        raise InputError(f"no MSRVTT_JSFUSION_test.csv in {root}: it is in CLIP4Clip's "
+                         "msrvtt_data.zip, see README.md")
     test_path = find_file(root, "MSRVTT_JSFUSION_test.csv")
     test = [(row.get("video_id"), [row.get("sentence")]) for row in read_table(test_path)]
     found = (find_files(root, "MSRVTT_data.json")  # CLIP4Clip

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry
 
 import train
 from extras.memory import layer_norms_in_float32, random_batch
-from train import Clip, epoch_examples, parse_settings
+from train import Clip, epoch_examples, parse_settings, run_main
 from video_colbert import VideoColBERT
 
 # ---- Assumed
@@ -160,8 +160,11 @@ def predictions(s, micro_batches):
                      f"| {run * eager / 3600:.2f} / {run * compiled / 3600:.2f} h |")
     return lines
 
-if __name__ == "__main__":
+def main():
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     fits = {name: card.fits for name, card in CARDS.items()}
     print(*predictions(parse_settings(["--data", "msrvtt"]), fits), sep="\n")
+
+if __name__ == "__main__":
+    run_main(main, "extras.predict")

@@ -9,9 +9,12 @@
 `search` prints rank, score with its F and V parts, path and the time of the best frame. With
 --segment, videos are indexed in overlapping parts of that many seconds, and `search` prints the
 time of the part, or of neighbours joined. `explain` draws which frame each word picks. --html
-writes a page with players (extras/page.py). --model is a run's folder, or an open_clip name
-for a model that was never trained on video. The score is F + V, also if only one of them was
-trained (--lambda-video 0). Search is exact; extras/export.py exports an index to engines.
+writes a page with players (extras/page.py).
+
+--model is a run's folder, or an open_clip name for a model that was never trained on video. For
+a file of weights, save a model once: VideoColBERT(Config(backbone=NAME, pretrained=FILE)).save(
+FOLDER). The score is F + V, also if only one of them was trained (--lambda-video 0). Search is
+exact; extras/export.py exports an index to engines.
 """
 import argparse
 import json
@@ -134,6 +137,10 @@ def open_model(name, device):
     torch.manual_seed(0)  # new parts are always the same
     if Path(name).is_dir():
         model = VideoColBERT.load(name)
+    elif os.path.isfile(name):
+        raise InputError(
+            f"{name} is no folder of a model. Make one of a file of weights in Python: "
+            f"VideoColBERT(Config(backbone=NAME, pretrained={name!r})).save(FOLDER)")
     elif os.sep in name:
         raise InputError(f"{name}: no such folder")
     else:

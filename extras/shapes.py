@@ -10,6 +10,7 @@ shows the same frames backwards, is in the gallery too.
 import argparse
 import json
 import math
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -128,5 +129,7 @@ if __name__ == "__main__":
     folder = parser.parse_args().folder
     try:
         write_shapes(folder)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (OSError, ValueError) as error:
         parser.error(f"{folder}: {error}")

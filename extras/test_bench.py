@@ -5,7 +5,7 @@ import av
 import pytest
 import torch
 
-from extras import bench
+from extras import bench, cost
 from test_video_colbert import write_clip
 from video_colbert import frame_times, mean_max_sim, sample_frames
 
@@ -27,6 +27,33 @@ def test_the_benchmark_measures_every_part_without_weights(tmp_path, monkeypatch
                  "from the cache", "no copy", "Computed, not measured", "| H100, none |"):
         assert part in out, part
     assert "of decord's time" not in out  # pictures of 48 pixels are not for decord
+
+@pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_parts_queries_and_table_11_are_measured_in_the_precision_of_the_step(
+        monkeypatch, precision, dtype):
+    """Each call that is timed, by the precision of a matrix product in the encoders."""
+    s = bench.parse_settings(["--backbone", "tiny", "--batch-size", "2", "--num-frames", "2",
+                              "--precision", precision, "--workers", "1"])
+    model, dtypes = bench.VideoColBERT(s), set()
+    def once(device, *calls, repeat=1):
+        for call in calls:
+            call()
+        return [1.0] * len(calls)
+    def noted(module, inputs, output):
+        if isinstance(module, torch.nn.Linear):
+            dtypes.add(output.dtype)
+    monkeypatch.setattr(bench, "median_seconds", once)
+    monkeypatch.setattr(cost, "median_seconds", once)
+    hook = torch.nn.modules.module.register_module_forward_hook(noted)
+    try:
+        for measure in (lambda: bench.bench_step(s, model, CPU),
+                        lambda: bench.bench_query(s, model, CPU),
+                        lambda: cost.cost_table(s, CPU)):
+            dtypes.clear()
+            measure()
+            assert dtypes == {dtype}
+    finally:
+        hook.remove()
 
 @pytest.mark.parametrize("grad", [True, False])
 def test_the_form_before_gives_the_same_scores_and_gradients(monkeypatch, grad):

@@ -1,5 +1,6 @@
 """Harder cases for the core: odd files, damaged input, several processes, kills."""
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
@@ -14,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -569,7 +571,7 @@ def test_a_signal_saves_a_checkpoint_and_stops(data, whole, monkeypatch, capsys,
         with pytest.raises(KeyboardInterrupt):
             train.main([*flags, "--out", "a"])
     assert "stopped after 1 steps; continue with --resume a\n" in capsys.readouterr().err
-    assert os.listdir("a/checkpoints") == ["step-00000001.pt"]
+    assert max(os.listdir("a/checkpoints")) == "step-00000001.pt"
     train.main(["--resume", "a"])
     assert contents("a") == whole
 
@@ -599,7 +601,7 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_before_a_checkpoint_holds_i
     monkeypatch.setattr(train, "training_step", spoils_step_2)
     with pytest.raises(FloatingPointError, match="nan.* in step 2"):
         train.main([*SMALL, "--data", "clips.jsonl", "--out", "a"])
-    assert os.listdir("a/checkpoints") == ["step-00000002.pt"]
+    assert max(os.listdir("a/checkpoints")) == "step-00000002.pt"
 
 def test_mean_pooling_of_siglip_is_equation_1(monkeypatch):
     """SigLIP pools its last token. Its text encoder with fewer and smaller layers."""
@@ -803,29 +805,62 @@ def test_epochs_of_different_lengths_are_counted(data, monkeypatch):
     assert contents("b")["model.safetensors"] == contents("a")["model.safetensors"]
     assert records("b")[:-1] == lines[:-1]
 
-USE_CACHE = """
-import numpy, train
-clip = train.load_clips(train.Settings(data="clips.jsonl"))["train"][0]
-numpy.save("after", [train.cached_frames(clip, 2, 16, "cache") for _ in range(2)])
-train.cached_frames(clip, 3, 16, "cache")
-"""
+def test_an_edit_of_sample_seconds_takes_other_frames_from_the_same_cache(data, monkeypatch):
+    """Also in a notebook, where the module stays loaded, and one that only concerns some
+    clips, such as short ones. Random times are drawn once, then cached. After the edit is
+    undone, the old frames are back."""
+    s = train.Settings(data="clips.jsonl", num_frames=2, cache="cache")
+    clip = train.load_clips(s)["train"][0]
+    def edit(num_frames, start, end):
+        shares = np.arange(num_frames) + np.random.rand()
+        return shares * (0.1 if end - start < 3 else 1)
+    before = train.load_frames([clip], s, 16)
+    with monkeypatch.context() as patch:
+        patch.setattr(video_colbert, "sample_seconds", edit)
+        first, second = train.load_frames([clip], s, 16), train.load_frames([clip], s, 16)
+        assert torch.equal(first, second) and not torch.equal(first, before)
+        train.load_frames([clip], dataclasses.replace(s, num_frames=3), 16)
+    assert torch.equal(train.load_frames([clip], s, 16), before)
+    # The old frames, two new ones, and three.
+    assert len(os.listdir("cache")) == 3
 
-def test_an_edit_of_sample_seconds_takes_other_frames_from_the_same_cache(data):
-    """Also one that only concerns some clips, such as short ones. Random times are drawn
-    once, then cached."""
-    clip = train.load_clips(train.Settings(data="clips.jsonl"))["train"][0]
-    before = train.cached_frames(clip, 2, 16, "cache")
+def version_of(monkeypatch, *edits):
+    """frames_version of video_colbert.py with edits: old, new, old, new ..."""
     source = Path(video_colbert.__file__).read_text()
-    middles = "(np.arange(num_frames) + 0.5)"
-    edit = "(np.arange(num_frames) + np.random.rand()) * (0.1 if end - start < 3 else 1)"
-    assert source.count(middles) == 1
-    Path("video_colbert.py").write_text(source.replace(middles, edit))
-    shutil.copy(train.__file__, data)
-    subprocess.run([sys.executable, "-c", USE_CACHE], check=True)
-    first, second = np.load("after.npy")
-    # One of the old frames, one of two new ones, and one of three.
-    assert np.array_equal(first, second) and len(os.listdir("cache")) == 3
-    assert not np.array_equal(first, before)
+    for old, new in zip(edits[::2], edits[1::2]):
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    module = types.ModuleType("video_colbert")
+    exec(compile(source, "not on the disk", "exec"), vars(module))
+    monkeypatch.setattr(train, "video_colbert", module)
+    return train.frames_version()
+
+def test_two_edits_of_the_code_that_takes_frames_are_two_versions(monkeypatch):
+    """Of a function, of code inside it, of a default, of a constant or of a new helper. What
+    counts is the code that was loaded, which the file on disk may no longer have."""
+    function, middles = "def sample_seconds(", "(np.arange(num_frames) + 0.5)"
+    helper = f"SHIFT = {{}}\n\ndef shifted(x):\n    return x + SHIFT\n\n{function}"
+    call = middles, "shifted(np.arange(num_frames))"
+    edits = [("BICUBIC", "POINT"), ('"BICUBIC"', '"BICUBIC", dst_colorspace=1'),
+             (middles, "(np.arange(num_frames) + 0.25)"), (middles, "np.sqrt(num_frames)"),
+             (" for frame in frames if frame.pts is not None)", " for frame in frames)"),
+             ("timing, num_frames, start=0.0, end", "timing, num_frames, start=1.0, end"),
+             (function, helper.format(0.5), *call), (function, helper.format(0.25), *call)]
+    versions = [version_of(monkeypatch, *edit) for edit in [(), *edits]]
+    assert len(set(versions)) == len(versions)
+
+def test_an_edit_of_a_comment_or_a_loss_decodes_nothing_again(monkeypatch):
+    """Nor does another process, whose strings have other hashes."""
+    same = version_of(monkeypatch)
+    assert version_of(monkeypatch, "# ---- Frames of a video file", "\n# Frames") == same
+    assert version_of(monkeypatch, "return loss.sum() / len(sim)", "return loss.mean()") == same
+    monkeypatch.undo()
+    assert train.frames_version() == same
+    command = [sys.executable, "-c", "import train; print(train.frames_version())"]
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    process = subprocess.run(command, env=environment, cwd=Path(train.__file__).parent,
+                             capture_output=True, text=True)
+    assert process.stdout.strip() == same
 
 @pytest.mark.parametrize("shares, is_refused", [
     ((1, 0.5, 0), True), ((0, 0.9, 0.5), True), ((0, 0.5, 0.5), False)])
@@ -868,11 +903,11 @@ def test_a_full_disk_at_a_checkpoint_is_one_line_and_leaves_the_one_before(
         data, whole, monkeypatch):
     flags = [*SMALL, "--data", "clips.jsonl", "--checkpoint-every", "1"]
     with monkeypatch.context() as patch:
-        fail_fsync(patch, 6 + 1 + 2)  # the cache has six clips; settings, step 1, step 2
+        fail_fsync(patch, 6 + 1 + 3)  # the cache has six clips; settings, steps 0 to 2
         with pytest.raises(InputError) as error:
             train.main([*flags, "--out", "a"])
     assert str(error.value) == "a/checkpoints/step-00000002.pt: No space left on device"
-    assert os.listdir("a/checkpoints") == ["step-00000001.pt"]
+    assert max(os.listdir("a/checkpoints")) == "step-00000001.pt"
     train.main(["--resume", "a"])
     assert contents("a") == whole
 
@@ -949,7 +984,7 @@ def test_the_cache_decodes_a_clip_once_until_its_video_changes(tmp_path, monkeyp
     sample = Mock(side_effect=sample_frames)
     monkeypatch.setattr(train, "sample_frames", sample)
     def frames(start=0.0):
-        return train.cached_frames(train.Clip(str(path), ["a"], start), 4, 16, cache)
+        return train.cached_frames(train.Clip(str(path), ["a"], start), 4, 16, cache, "1")
     first = frames()
     (file,) = cache.iterdir()
     assert torch.equal(first, sample_frames(path, 4, 16)) and torch.equal(frames(), first)
@@ -1319,7 +1354,7 @@ def test_out_of_memory_is_one_line_that_names_the_next_micro_batch(data, monkeyp
         train.run_main(lambda: train.main(flags), "train.py")
     assert ("train.py: out of memory on cpu: use --resume a --micro-batch 2\n"
             in capsys.readouterr().err)
-    assert os.listdir("a/checkpoints") == ["step-00000001.pt"]
+    assert max(os.listdir("a/checkpoints")) == "step-00000001.pt"
     train.main(["--resume", "a", "--micro-batch", "1"])
     assert len(records("a")) == 4 + 2 + 1
 

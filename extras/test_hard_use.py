@@ -199,7 +199,7 @@ def test_the_default_run_on_a_full_disk_or_in_a_read_only_folder_is_one_line(
 def test_a_cache_file_that_cannot_be_read_is_decoded_again(tmp_path, monkeypatch):
     path, load = write_clip(tmp_path / "a.mp4"), train.np.fromfile
     def frames():
-        return train.cached_frames(train.Clip(str(path), ["a"]), 4, 16, tmp_path / "cache")
+        return train.cached_frames(train.Clip(str(path), ["a"]), 4, 16, tmp_path / "cache", "1")
     first = frames()
     def not_allowed(*args, **kwargs):
         raise PermissionError(errno.EACCES, "Permission denied")
@@ -213,7 +213,7 @@ def test_huge_numbers_and_empty_batches_are_documented_errors(tmp_path, tiny):
     line = {"video": "a.mp4", "captions": ["a"], "split": "test", "end": int("9" * 400)}
     write_lines(tmp_path / "clips.jsonl", line)
     clip, = clips_of(tmp_path / "clips.jsonl")["test"]
-    frames = train.cached_frames(clip, 3, 16, tmp_path / "cache")
+    frames = train.cached_frames(clip, 3, 16, tmp_path / "cache", "1")
     assert torch.equal(frames, sample_frames(path, 3, 16))
     with pytest.raises(InputError, match="a.mp4: cannot take 0 frames"):
         sample_frames(path, 0, 64)
@@ -400,7 +400,7 @@ def test_a_finished_model_is_never_trained_over(data):
         log.write("\n")
     train.main(["--resume", "a"])  # a blank line changes nothing
     os.unlink("a/log.jsonl")
-    with pytest.raises(InputError, match="a holds a model, but its log is damaged"):
+    with pytest.raises(InputError, match="^a has no checkpoints, but a log or a model: "):
         train.main(["--resume", "a"])
     assert Path("a/model.safetensors").read_bytes() == model
 
@@ -419,7 +419,7 @@ def test_a_run_that_another_process_ends_meanwhile_is_not_trained_again(data, mo
 
 def test_copies_that_a_user_keeps_beside_checkpoints_stay_and_are_not_loaded(data, monkeypatch):
     run_until(monkeypatch, [*FLAGS, "--out", "a"], "training_step", 3)
-    (checkpoint,) = Path("a/checkpoints").iterdir()
+    checkpoint = max(Path("a/checkpoints").iterdir())
     for name in ("epoch5.pt", "step-00000002-keep.pt"):
         shutil.copy(checkpoint, f"a/checkpoints/{name}")
     torch.save({"mine": 1}, "a/checkpoints/weights.pt")
@@ -514,7 +514,7 @@ def test_a_kill_in_the_evaluation_after_an_epoch_loses_no_step(data, monkeypatch
     train.main([*flags, "--out", "whole"])
     run_until(monkeypatch, [*flags, "--out", "a"], "evaluate", 0)
     epoch = [line for line in records("a") if "loss" in line]
-    assert os.listdir("a/checkpoints") == [f"step-{len(epoch):08d}.pt"]
+    assert max(os.listdir("a/checkpoints")) == f"step-{len(epoch):08d}.pt"
     assert epoch and not any("split" in line for line in records("a"))
     train.main(["--resume", "a"])
     assert contents("a") == contents("whole")
@@ -534,7 +534,7 @@ def test_a_closed_terminal_saves_a_checkpoint(data, monkeypatch):
                         lambda *a: os.kill(os.getpid(), signal.SIGHUP) or step(*a))
     with pytest.raises(KeyboardInterrupt):
         train.main([*FLAGS, "--out", "a"])
-    assert os.listdir("a/checkpoints") == ["step-00000001.pt"]
+    assert max(os.listdir("a/checkpoints")) == "step-00000001.pt"
 
 def test_a_video_that_is_replaced_while_others_are_decoded_stops_the_run(data, monkeypatch):
     fill_cache = train.fill_cache
@@ -559,7 +559,7 @@ def test_a_result_is_not_written_onto_a_line_that_was_cut_off(data, monkeypatch)
 
 def test_a_checkpoint_of_an_older_run_resumes(data, monkeypatch):
     run_until(monkeypatch, [*FLAGS, "--out", "a"], "training_step", 3)
-    (path,) = Path("a/checkpoints").iterdir()
+    path = max(Path("a/checkpoints").iterdir())
     content = torch.load(path, weights_only=True)
     del content["settings"]
     torch.save(content, path)
@@ -571,7 +571,7 @@ def test_a_folder_that_a_user_keeps_beside_checkpoints_stays(data, monkeypatch):
     shutil.copytree("a/checkpoints", "keep")
     shutil.move("keep", "a/checkpoints/keep")
     train.main(["--resume", "a"])
-    assert os.listdir("a/checkpoints/keep") == ["step-00000002.pt"]
+    assert max(os.listdir("a/checkpoints/keep")) == "step-00000002.pt"
 
 def test_linked_checkpoints_are_no_error(data, monkeypatch):
     run_until(monkeypatch, [*FLAGS, "--out", "a"], "training_step", 3)
@@ -652,3 +652,35 @@ def test_the_last_epoch_can_be_the_best_one(data):
     result = train.read_result("a")
     row = result["evaluation"][2]
     assert row["score"] == "MMS_FV" and row["R@1"] == tests[-1]["R@1"] <= result["best"]["R@1"]
+
+def test_a_run_whose_checkpoints_are_away_is_not_started_again(data, monkeypatch):
+    """As after `rsync --exclude '*.pt'`, also before its first epoch has ended."""
+    run_until(monkeypatch, [*FLAGS, "--out", "a"], "training_step", 1)
+    shutil.move("a/checkpoints", "away")
+    before = Path("a/log.jsonl").read_bytes()
+    with pytest.raises(InputError, match="^a has no checkpoints, but a log or a model: "):
+        train.main(["--resume", "a"])
+    assert before and Path("a/log.jsonl").read_bytes() == before
+    shutil.move("away", "a/checkpoints")
+    train.main(["--resume", "a"])
+    assert train.read_result("a")
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, FloatingPointError])
+def test_signals_have_their_old_handlers_after_a_run_that_stops(data, monkeypatch, error):
+    """A program that calls train.main can be stopped afterwards."""
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    before = [signal.getsignal(number) for number in numbers]
+    during = []
+    def fails(*args):
+        during.extend(signal.getsignal(number) for number in numbers)
+        raise error
+    monkeypatch.setattr(train, "training_step", fails)
+    with pytest.raises(error):
+        train.main([*FLAGS, "--out", "a"])
+    assert [signal.getsignal(number) for number in numbers] == before
+    assert not set(during) & set(before)
+
+def test_missing_validation_clips_are_counted(data, capsys):
+    os.unlink("4/clip.mp4")
+    train.main([*FLAGS, "--allow-missing", "--out", "a"])
+    assert ", 1 validation clips missing\n" in capsys.readouterr().out

@@ -10,6 +10,7 @@ import json
 import math
 import re
 import shutil
+import sys
 from itertools import product
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+import train
 from extras.shapes import choose_clips, draw_clip
 
 ROOT = Path(__file__).parents[1]
@@ -208,3 +210,23 @@ def test_the_exercises_name_lines_and_tests_that_are_there(cells):
         assert code.count(line) == 1, line
     for name in names:
         assert f"def {name}(" in tests, name
+
+def test_the_first_cell_continues_training_that_was_interrupted(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    notebook = json.loads(NOTEBOOK.read_text())
+    cell = next("".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code")
+    write_clips(tmp_path / "data/shapes")
+    (tmp_path / "video_colbert.py").touch()  # as it finds the repository's root
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    calls, step = [], train.training_step
+    def interrupted_once(*args):
+        calls.append(args)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return step(*args)
+    monkeypatch.setattr(train, "training_step", interrupted_once)
+    with pytest.raises(KeyboardInterrupt):
+        exec(cell, {})
+    exec(cell, variables := {})
+    assert variables["run"] == "runs/walkthrough" and train.read_result("runs/walkthrough")

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from extras.datasets import VIDEO_ENDINGS
 from extras.long_videos import seek_frames
 from train import (
-    CACHE_VERSION, SAMPLING, atomic_write, autocast, locked, prefetch, user_errors)
+    atomic_write, autocast, frames_version, locked, prefetch, user_errors)
 from video_colbert import (
     InputError, Timing, VideoError, frame_times, mean_max_sim, sample_times)
 
@@ -248,7 +248,7 @@ class VideoIndex:
                     width=model.width, num_frames=c.num_frames,
                     visual_expansion=c.visual_expansion, segment=segment, stride=stride,
                     vectors=f"vectors-{uuid.uuid4().hex}.f16", videos=[],
-                    frames=CACHE_VERSION, sampling=SAMPLING)
+                    frames=frames_version())
 
         with changing(folder):
             found, problems = find_videos(root)
@@ -271,12 +271,10 @@ class VideoIndex:
                 change = f"it was made by {made_by}, not {meta['model'] or 'this one'}"
             raise InputError(f"{self.folder} cannot be updated, {change}: index into "
                              "another folder")
-        # The vectors are of frames that today's sample_frames may not take. Older indexes do
-        # not say how theirs were chosen.
-        taken = self.meta.get("sampling", meta["sampling"])
-        if self.meta.get("frames") != meta["frames"] or taken != meta["sampling"]:
-            raise InputError(f"{self.folder} can be searched, but not updated, because another "
-                             "version of this program made it: index into another folder")
+        # The vectors are of frames that today's sample_frames may not take.
+        if self.meta.get("frames") != meta["frames"]:
+            raise InputError(f"{self.folder} can be searched, but not updated: another version "
+                             "of this program or of Python made it. Index into another folder")
         for name in ("segment", "stride"):
             if self.meta[name] != meta[name]:
                 raise InputError(f"cannot change --{name} of {self.folder}: "
