@@ -498,13 +498,18 @@ class Timing(NamedTuple):
     # and joined files, the i-th decoded frame appears at times[i].
     pts_are_reliable: bool
 
+# Without this, PyAV before version 19 cannot open files whose metadata is not UTF-8.
+OPEN_OPTIONS = {}
+if int(av.__version__.split(".")[0]) < 19:
+    OPEN_OPTIONS = {"metadata_errors": "ignore"}
+
 @contextlib.contextmanager
 def open_video(path):
     """-> container, video stream, is_exact: whether the format stores exact times of
     frames, unlike AVI. Raises VideoError."""
     try:
         # An absolute path, because FFmpeg may take a relative one with a colon for a URL.
-        with av.open(os.path.join(os.getcwd(), path), metadata_errors="ignore") as container:
+        with av.open(os.path.join(os.getcwd(), path), **OPEN_OPTIONS) as container:
             stream = container.streams.best("video")
             if not stream or not stream.codec_context:
                 raise VideoError(f"{path}: no video stream of a known codec")

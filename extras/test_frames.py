@@ -404,6 +404,21 @@ def write_sound(path, codec="aac", cover=None, frames=0):
             container.mux(sound.encode(frame))
         container.mux(sound.encode(None))
 
+def test_a_title_that_is_not_utf_8_is_no_obstacle(tmp_path):
+    """As old cameras and editors write it."""
+    path = write_clip(tmp_path / "a.mp4", 20)
+    with av.open(str(path)) as source, av.open(str(tmp_path / "b.mp4"), "w") as target:
+        target.metadata["title"] = "cafe XY"
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                target.mux(packet)
+    content = (tmp_path / "b.mp4").read_bytes()
+    assert content.count(b"cafe XY") == 1
+    (tmp_path / "b.mp4").write_bytes(content.replace(b"cafe XY", b"caf\xe9 \xff\xfe"))
+    assert frame_numbers(tmp_path / "b.mp4", 4) == frame_numbers(path, 4)
+
 @pytest.mark.parametrize("name, codec, cover", [
     ("a.mp3", "libmp3lame", ("mjpeg", "yuvj420p")), ("a.mp4", "aac", ("png", "rgb24"))])
 def test_music_with_a_cover_is_no_video(tmp_path, name, codec, cover):
