@@ -12,7 +12,6 @@ import csv
 import filecmp
 import glob
 import hashlib
-import inspect
 import io
 import itertools
 import json
@@ -44,7 +43,7 @@ from tqdm.utils import ObjectWrapper
 import video_colbert
 from video_colbert import (
     Config, InputError, VideoColBERT, VideoError, mms_fv, reciprocal_rank_fusion,
-    retrieval_metrics, sample_frames, video_to_text)
+    retrieval_metrics, video_to_text)
 
 # The number of this process, and how many there are (torchrun).
 RANK = int(os.environ.get("RANK", 0))
@@ -323,33 +322,15 @@ def data_hash(data):
 
 # ---- Frames: each clip is decoded once, into a file of the cache
 def frames_version():
-    """A hash of the code that takes frames: of sample_frames, and of the functions and
-    constants of video_colbert.py that it uses. It changes with an edit of any of them, but
-    also with Python's version, because it is made from bytecode."""
-    names, parts = ["sample_frames"], []
-    for name in names:  # more are added on the way
-        value = inspect.unwrap(vars(video_colbert).get(name))
-        if inspect.isfunction(value):
-            parts.append(repr(value.__defaults__))
-            for code in code_objects(value.__code__):
-                constants = [x for x in code.co_consts if not inspect.iscode(x)]
-                parts.append(f"{name} {code.co_code.hex()} {code.co_names} {constants}")
-                names += [other for other in code.co_names if other not in names]
-        elif isinstance(value, (int, float, str, tuple, list, dict)):
-            parts.append(f"{name} {value}")
-    return hashlib.sha1(" ".join(parts).encode()).hexdigest()
+    """A hash of the section of video_colbert.py that takes frames. After an edit there, the
+    frames in the cache are not those that sample_frames takes."""
+    source = video_colbert.SOURCE
+    section = source[source.index("# ---- Frames"):source.index("# ---- Metrics")]
+    return hashlib.sha1(section.encode()).hexdigest()
 
-def code_objects(code):
-    """A function's code object, and those inside it, such as generator expressions."""
-    yield code
-    for constant in code.co_consts:
-        if inspect.iscode(constant):
-            yield from code_objects(constant)
-
-def cached_frames(clip, num_frames, size, cache, version):
-    """sample_frames of a clip through the cache: uint8 (N, 3, size, size). `version` is
-    frames_version()."""
-    key = [version, os.path.abspath(clip.path), file_id(clip.path), clip.start,
+def cached_frames(clip, num_frames, size, cache):
+    """sample_frames of a clip through the cache: uint8 (N, 3, size, size)."""
+    key = [frames_version(), os.path.abspath(clip.path), file_id(clip.path), clip.start,
            clip.end, num_frames, size]
     with contextlib.suppress(OSError):
         # Also the modification time, because file_id reads only the first 64 KB.
@@ -360,7 +341,8 @@ def cached_frames(clip, num_frames, size, cache, version):
     with contextlib.suppress(OSError, ValueError):
         pixels = np.fromfile(path, np.uint8).reshape(num_frames, 3, size, size)
         return torch.from_numpy(pixels)
-    frames = sample_frames(clip.path, num_frames, size, clip.start, clip.end)
+    # By its module's name, because the module may be reloaded in a notebook.
+    frames = video_colbert.sample_frames(clip.path, num_frames, size, clip.start, clip.end)
     with atomic_write(path) as file:
         file.write(frames.numpy())
     return frames
@@ -369,15 +351,14 @@ def load_frames(clips, s, size):
     """-> uint8 (B, N, 3, size, size), in pinned memory if there is a GPU."""
     frames = torch.empty(len(clips), s.num_frames, 3, size, size, dtype=torch.uint8,
                          pin_memory=torch.cuda.is_available())
-    version = frames_version()
     for row, clip in zip(frames, clips):
-        row.copy_(cached_frames(clip, s.num_frames, size, s.cache, version))
+        row.copy_(cached_frames(clip, s.num_frames, size, s.cache))
     return frames
 
 def fill_cache(clips, split, s, size):
     """Decode what the cache lacks -> the clips of a split that can be read."""
     mine = rank_slice(clips)
-    fill = partial(cache_clip, s=s, size=size, version=frames_version())
+    fill = partial(cache_clip, s=s, size=size)
     threads = max(s.workers, torch.get_num_threads())  # more, because nothing trains yet
     results = prefetch(fill, mine, threads)
     bar = tqdm(results, desc=split, total=len(mine), disable=RANK > 0)
@@ -392,10 +373,10 @@ def fill_cache(clips, split, s, size):
         raise InputError(f"none of the {missing} {split} clips can be read")
     return readable
 
-def cache_clip(clip, s, size, version):
+def cache_clip(clip, s, size):
     """Put a clip's frames into the cache -> False if its video cannot be read."""
     try:
-        cached_frames(clip, s.num_frames, size, s.cache, version)
+        cached_frames(clip, s.num_frames, size, s.cache)
         return True
     except VideoError as error:
         tqdm.write(f"cannot read {error}", file=sys.stderr)
@@ -642,9 +623,6 @@ def train(model, data, s, device, out, data_id):
     first, log_end = restore(out, state, data_id, s)
     # Only the first process logs. The log is cut back to the checkpoint.
     log = open(os.devnull, "ab") if RANK > 0 else open_log(out, log_end)
-    if first == 0 and RANK == 0:
-        # So that a log without a checkpoint shows that one was lost.
-        save_checkpoint(out, 0, 0, state, data_id, s)
 
     load = partial(load_batch, clips=clips, s=s, model=model)
     todo = itertools.islice(batches(clips, s), first, None)
@@ -655,6 +633,9 @@ def train(model, data, s, device, out, data_id):
     # A signal only asks to stop, so that no step is cut short.
     stop_signal = threading.Event()
     with log, bar, signal_handler(lambda number, frame: stop_signal.set()):
+        if first == 0 and RANK == 0:
+            # From now on, a log without checkpoints means that they were lost.
+            save_checkpoint(out, 0, 0, state, data_id, s)
         for step, inputs in enumerate(prefetch(load, todo, s.workers), first):
             epoch = sum(end <= step for end in ends)  # how many have ended
             # Evaluate the previous epoch only now that its checkpoint is saved: a run
@@ -689,7 +670,7 @@ def train(model, data, s, device, out, data_id):
                 break
         if not stops and RANK == 0:
             log_evaluations(log, s.epochs - 1, model, data, s, device)
-        # After the break, or if a signal came in the last evaluation.
+        # Ask again: a signal may have come in the last evaluation.
         stops = any_process(stop_signal.is_set())
 
     if stops:
@@ -792,11 +773,11 @@ def restore(out, state, data_id, s):
     if content is None:
         if read_result(out):
             raise InputError(f"{out} has ended meanwhile: use --resume again")
-        # A run has a checkpoint before it has a log, and a model only when it has ended.
-        # Never train over either.
+        # The first checkpoint is saved before the first line of the log. Never train over
+        # what a run has left.
         if read_log(out) or (out / "model.safetensors").exists():
-            raise InputError(f"{out} has no checkpoints, but a log or a model: put its "
-                             "checkpoints back, or start a new run")
+            raise InputError(f"{out} has a log or a model, but no checkpoints: put "
+                             "them back, or start a new run")
         return 0, 0
     if content["data"] != data_id:
         raise InputError(f"{out} was started with other clips or captions, "
@@ -1102,7 +1083,8 @@ def main(argv=None):
 
 @contextlib.contextmanager
 def signal_handler(handler):
-    """Let `handler` take the signals that stop a program, and then the old one again."""
+    """Within the block, `handler` takes the signals that stop a program. Afterwards the old
+    handlers are back."""
     numbers = [signal.SIGINT, signal.SIGTERM]
     # SIGHUP comes when the terminal closes. Windows has none; under nohup it is ignored.
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
@@ -1112,7 +1094,8 @@ def signal_handler(handler):
         yield
     finally:
         for number in numbers:
-            signal.signal(number, old[number])
+            # None is a handler that was not set from Python.
+            signal.signal(number, old[number] or signal.SIG_DFL)
 
 class SteadyStream(ObjectWrapper):
     """A stream to which a failed write does no harm, for messages and progress bars.

@@ -24,6 +24,10 @@ from pathlib import Path
 from textwrap import shorten
 from typing import NamedTuple
 
+# The text of this file as it was loaded. It is read before the slow imports, during which
+# the file may be edited. Whoever stores frames can tell by it how they were taken.
+SOURCE = Path(__file__).read_text(encoding="utf-8")
+
 import av
 import numpy as np
 import open_clip

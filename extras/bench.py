@@ -29,8 +29,7 @@ from extras.memory import bench_memory, extra_megabytes, random_batch
 from extras.predict import CARDS, predictions
 from extras.shapes import draw_clip
 from train import (
-    Clip, autocast, cached_frames, frames_version, load_frames, parse_settings, pick_device,
-    run_main)
+    Clip, autocast, cached_frames, load_frames, parse_settings, pick_device, run_main)
 from video_colbert import (
     InputError, VideoColBERT, frame_times, frames_at, mean_max_sim, mms_fv, sample_frames,
     sample_seconds, sample_times)
@@ -135,13 +134,12 @@ def bench_clips(s, size, device):
     N, times, jpeg_bytes = s.num_frames, [], 0
     with tempfile.TemporaryDirectory() as folder:
         clips, source = some_clips(s, folder)
-        version = frames_version()
         for clip in clips:
             part = clip.start, clip.end
             jpegs = to_jpegs(sample_frames(clip.path, N, size, *part))
             jpeg_bytes += sum(len(file.getvalue()) for file in jpegs)
             calls = [lambda: sample_frames(clip.path, N, size, *part),
-                     lambda: cached_frames(clip, N, size, folder, version),
+                     lambda: cached_frames(clip, N, size, folder),
                      lambda: [np.asarray(Image.open(file)) for file in jpegs]]
             if decord and size % 32 == 0:  # it fails on other sizes
                 calls.append(lambda: decord_frames(clip.path, N, size, *part))

@@ -25,11 +25,11 @@ VIDEO_ENDINGS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg
                  ".flv", ".wmv", ".ts", ".mts", ".m2ts", ".vob", ".ogv")
 
 # ---- Files
-def find_file(root, name):
-    """The file of this name in or below a folder."""
+def find_file(root, name, hint=""):
+    """The file of this name in or below a folder. `hint` says where one gets it."""
     found = find_files(root, name)
     if not found:
-        raise InputError(f"no {name} in {root}")
+        raise InputError(f"no {name} in {root}{hint}")
     return first_copy(found)
 
 def index_videos(root):
@@ -103,10 +103,8 @@ def load_msrvtt(root):
     """9k training and 1k-A test videos (section 5.1), from the copy of CLIP4Clip, of Frozen
     in Time or of the official challenge. Without MSRVTT_train.9k.csv all videos that are
     not tested are trained on. A test video has one query."""
-    if not find_files(root, "MSRVTT_JSFUSION_test.csv"):
-        raise InputError(f"no MSRVTT_JSFUSION_test.csv in {root}: it is in CLIP4Clip's "
-                         "msrvtt_data.zip, see README.md")
-    test_path = find_file(root, "MSRVTT_JSFUSION_test.csv")
+    hint = ": it is in CLIP4Clip's msrvtt_data.zip, see README.md"
+    test_path = find_file(root, "MSRVTT_JSFUSION_test.csv", hint)
     test = [(row.get("video_id"), [row.get("sentence")]) for row in read_table(test_path)]
     found = (find_files(root, "MSRVTT_data.json")  # CLIP4Clip
              or find_files(root, "MSR_VTT.json")  # Frozen in Time

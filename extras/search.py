@@ -11,10 +11,14 @@
 time of the part, or of neighbours joined. `explain` draws which frame each word picks. --html
 writes a page with players (extras/page.py).
 
---model is a run's folder, or an open_clip name for a model that was never trained on video. For
-a file of weights, save a model once: VideoColBERT(Config(backbone=NAME, pretrained=FILE)).save(
-FOLDER). The score is F + V, also if only one of them was trained (--lambda-video 0). Search is
-exact; extras/export.py exports an index to engines.
+--model is a run's folder, or an open_clip name for a model that was never trained on video. To
+use a file of weights, make a folder of it first, in Python:
+
+    from video_colbert import Config, VideoColBERT
+    VideoColBERT(Config(backbone="ViT-B-32-quickgelu", pretrained="FILE")).save("FOLDER")
+
+The score is F + V, also if only one of them was trained (--lambda-video 0). Search is exact;
+extras/export.py exports an index to engines.
 """
 import argparse
 import json
@@ -138,9 +142,8 @@ def open_model(name, device):
     if Path(name).is_dir():
         model = VideoColBERT.load(name)
     elif os.path.isfile(name):
-        raise InputError(
-            f"{name} is no folder of a model. Make one of a file of weights in Python: "
-            f"VideoColBERT(Config(backbone=NAME, pretrained={name!r})).save(FOLDER)")
+        raise InputError(f"{name} is a file, but --model takes a model's folder; --help says "
+                         "how to make one of a file of weights")
     elif os.sep in name:
         raise InputError(f"{name}: no such folder")
     else:

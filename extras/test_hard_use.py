@@ -199,7 +199,7 @@ def test_the_default_run_on_a_full_disk_or_in_a_read_only_folder_is_one_line(
 def test_a_cache_file_that_cannot_be_read_is_decoded_again(tmp_path, monkeypatch):
     path, load = write_clip(tmp_path / "a.mp4"), train.np.fromfile
     def frames():
-        return train.cached_frames(train.Clip(str(path), ["a"]), 4, 16, tmp_path / "cache", "1")
+        return train.cached_frames(train.Clip(str(path), ["a"]), 4, 16, tmp_path / "cache")
     first = frames()
     def not_allowed(*args, **kwargs):
         raise PermissionError(errno.EACCES, "Permission denied")
@@ -213,7 +213,7 @@ def test_huge_numbers_and_empty_batches_are_documented_errors(tmp_path, tiny):
     line = {"video": "a.mp4", "captions": ["a"], "split": "test", "end": int("9" * 400)}
     write_lines(tmp_path / "clips.jsonl", line)
     clip, = clips_of(tmp_path / "clips.jsonl")["test"]
-    frames = train.cached_frames(clip, 3, 16, tmp_path / "cache", "1")
+    frames = train.cached_frames(clip, 3, 16, tmp_path / "cache")
     assert torch.equal(frames, sample_frames(path, 3, 16))
     with pytest.raises(InputError, match="a.mp4: cannot take 0 frames"):
         sample_frames(path, 0, 64)
@@ -400,7 +400,7 @@ def test_a_finished_model_is_never_trained_over(data):
         log.write("\n")
     train.main(["--resume", "a"])  # a blank line changes nothing
     os.unlink("a/log.jsonl")
-    with pytest.raises(InputError, match="^a has no checkpoints, but a log or a model: "):
+    with pytest.raises(InputError, match="^a has a log or a model, but no checkpoints: "):
         train.main(["--resume", "a"])
     assert Path("a/model.safetensors").read_bytes() == model
 
@@ -658,7 +658,7 @@ def test_a_run_whose_checkpoints_are_away_is_not_started_again(data, monkeypatch
     run_until(monkeypatch, [*FLAGS, "--out", "a"], "training_step", 1)
     shutil.move("a/checkpoints", "away")
     before = Path("a/log.jsonl").read_bytes()
-    with pytest.raises(InputError, match="^a has no checkpoints, but a log or a model: "):
+    with pytest.raises(InputError, match="^a has a log or a model, but no checkpoints: "):
         train.main(["--resume", "a"])
     assert before and Path("a/log.jsonl").read_bytes() == before
     shutil.move("away", "a/checkpoints")
@@ -668,7 +668,7 @@ def test_a_run_whose_checkpoints_are_away_is_not_started_again(data, monkeypatch
 @pytest.mark.parametrize("error", [KeyboardInterrupt, FloatingPointError])
 def test_signals_have_their_old_handlers_after_a_run_that_stops(data, monkeypatch, error):
     """A program that calls train.main can be stopped afterwards."""
-    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    numbers = signal.SIGINT, signal.SIGTERM
     before = [signal.getsignal(number) for number in numbers]
     during = []
     def fails(*args):
@@ -684,3 +684,24 @@ def test_missing_validation_clips_are_counted(data, capsys):
     os.unlink("4/clip.mp4")
     train.main([*FLAGS, "--allow-missing", "--out", "a"])
     assert ", 1 validation clips missing\n" in capsys.readouterr().out
+
+def test_a_hangup_that_nohup_ignores_stays_ignored(monkeypatch):
+    """And a handler that was not set from Python, which is None, becomes the default one."""
+    old = {signal.SIGINT: None, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_IGN}
+    calls = []
+    def set_handler(number, handler):
+        calls.append((number, handler))
+        return old[number]
+    monkeypatch.setattr(signal, "getsignal", old.get)
+    monkeypatch.setattr(signal, "signal", set_handler)
+    with train.signal_handler(print):
+        assert calls == [(signal.SIGINT, print), (signal.SIGTERM, print)]
+    assert calls[2:] == [(signal.SIGINT, signal.SIG_DFL), (signal.SIGTERM, signal.SIG_DFL)]
+
+def test_the_table_of_a_result_that_counts_no_validation_clips_is_printed(data):
+    """As of runs before it was counted."""
+    train.main([*FLAGS, "--epochs", "0", "--out", "a"])
+    result = train.read_result("a")
+    table = train.results_table(result)
+    del result["missing_val"]
+    assert train.results_table(result) == table

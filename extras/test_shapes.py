@@ -2,8 +2,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -80,3 +82,13 @@ def test_a_folder_that_was_copied_without_its_lock_is_ours(root, tmp_path):
     write_shapes(tmp_path / "copy", galleries=1)
     # Nothing is written, not even a lock: the folder may be read-only.
     assert sorted((tmp_path / "copy").glob("**/*")) == before
+
+def test_ctrl_c_ends_without_a_traceback(tmp_path):
+    command = [sys.executable, "-m", "extras.shapes", str(tmp_path / "new")]
+    folder = os.path.dirname(train.__file__)
+    process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("new/videos/*")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert "Traceback" not in process.communicate(timeout=60)[1] and process.returncode == 130

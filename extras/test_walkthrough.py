@@ -230,3 +230,15 @@ def test_the_first_cell_continues_training_that_was_interrupted(tmp_path, monkey
         exec(cell, {})
     exec(cell, variables := {})
     assert variables["run"] == "runs/walkthrough" and train.read_result("runs/walkthrough")
+
+@pytest.mark.parametrize("num_frames, count", [(3, 6), (6, 720), (12, 720)])
+def test_no_more_orders_are_tried_than_fit_into_memory(num_frames, count):
+    """The paper's 12 frames have 479,001,600. Each is another one, the true one is first."""
+    notebook = json.loads(NOTEBOOK.read_text())
+    (cell,) = ["".join(c["source"]) for c in notebook["cells"] if "permutations(" in str(c)]
+    lines = cell[:cell.index("shuffled = ")]
+    variables = dict(torch=torch, settings=train.Settings(num_frames=num_frames))
+    exec(lines, variables)
+    orders = variables["orders"]
+    assert orders.shape == orders.unique(dim=0).shape == (count, num_frames)
+    assert orders[0].tolist() == list(range(num_frames))

@@ -271,10 +271,10 @@ class VideoIndex:
                 change = f"it was made by {made_by}, not {meta['model'] or 'this one'}"
             raise InputError(f"{self.folder} cannot be updated, {change}: index into "
                              "another folder")
-        # The vectors are of frames that today's sample_frames may not take.
+        # Today's code may take other frames than those that were indexed.
         if self.meta.get("frames") != meta["frames"]:
-            raise InputError(f"{self.folder} can be searched, but not updated: another version "
-                             "of this program or of Python made it. Index into another folder")
+            raise InputError(f"{self.folder} can be searched, but not updated, because another "
+                             "version of this program made it: index into another folder")
         for name in ("segment", "stride"):
             if self.meta[name] != meta[name]:
                 raise InputError(f"cannot change --{name} of {self.folder}: "
