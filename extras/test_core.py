@@ -803,8 +803,6 @@ def test_epochs_of_different_lengths_are_counted(data, monkeypatch):
     assert contents("b")["model.safetensors"] == contents("a")["model.safetensors"]
     assert records("b")[:-1] == lines[:-1]
 
-MIDDLES, FIRST = "(np.arange(num_frames) + 0.5)", "(np.arange(num_frames) + 0.1)"
-
 def edited(folder, old, new):
     """Copy the two files into a folder, with an edit of video_colbert.py."""
     source = Path(video_colbert.__file__).read_text()
@@ -825,7 +823,7 @@ def test_an_edit_of_sample_seconds_takes_other_frames_from_the_same_cache(data):
     clip = train.load_clips(train.Settings(data="clips.jsonl"))["train"][0]
     before = train.cached_frames(clip, 2, 16, "cache")
     edit = "(np.arange(num_frames) + np.random.rand()) * (0.1 if end - start < 3 else 1)"
-    edited(data, MIDDLES, edit)
+    edited(data, "(np.arange(num_frames) + 0.5)", edit)
     subprocess.run([sys.executable, "-c", USE_CACHE], check=True)
     first, second = np.load("after.npy")
     # One of the old frames, one of two new ones, and one of three.
@@ -851,18 +849,19 @@ def test_frames_are_cached_under_the_code_that_took_them(data):
     """Not under what is on the disk when another edit has been saved meanwhile; and a module
     that is loaded again takes other frames."""
     clip = train.load_clips(train.Settings(data="clips.jsonl"))["train"][0]
-    edited(data, MIDDLES, FIRST)
+    edit = "return frames_at(path, timing, wanted, size)"
+    edited(data, edit, f"{edit}.flip(0)")
     shutil.move("video_colbert.py", "new.py")
     edited(data, "# ---- Losses", "# ---- Losses!")
     subprocess.run([sys.executable, "-c", EDIT_WHILE_IMPORTING], check=True)
     assert Path("video_colbert.py").read_text() == Path("new.py").read_text()
     before, after = np.load("before.npy"), np.load("after.npy")
-    assert not np.array_equal(before, after) and len(os.listdir("cache")) == 2
+    assert np.array_equal(before, after[::-1]) and len(os.listdir("cache")) == 2
     # The unedited code finds its frames in the cache, and they are right.
     assert np.array_equal(train.cached_frames(clip, 2, 16, "cache"), before)
     assert np.array_equal(video_colbert.sample_frames(clip.path, 2, 16), before)
     assert len(os.listdir("cache")) == 2
-    edited(data, MIDDLES, FIRST)
+    edited(data, edit, f"{edit}.flip(0)")
     subprocess.run([sys.executable, "-c", USE_CACHE], check=True)
     assert np.array_equal(np.load("after.npy")[0], after) and len(os.listdir("cache")) == 3
 
