@@ -9,6 +9,7 @@
 import argparse
 import contextlib
 import csv
+import errno
 import filecmp
 import glob
 import hashlib
@@ -322,8 +323,8 @@ def data_hash(data):
 
 # ---- Frames: each clip is decoded once, into a file of the cache
 def frames_version():
-    """A hash of the section of video_colbert.py that takes frames. After an edit there, the
-    frames in the cache are not those that sample_frames takes."""
+    """A hash of the section of video_colbert.py that takes frames. After an edit there,
+    frames that are in the cache are decoded again."""
     source = video_colbert.SOURCE
     section = source[source.index("# ---- Frames"):source.index("# ---- Metrics")]
     return hashlib.sha1(section.encode()).hexdigest()
@@ -342,7 +343,8 @@ def cached_frames(clip, num_frames, size, cache):
         pixels = np.fromfile(path, np.uint8).reshape(num_frames, 3, size, size)
         return torch.from_numpy(pixels)
     # By its module's name, because the module may be reloaded in a notebook.
-    frames = video_colbert.sample_frames(clip.path, num_frames, size, clip.start, clip.end)
+    frames = video_colbert.sample_frames(
+        clip.path, num_frames, size, clip.start, clip.end)
     with atomic_write(path) as file:
         file.write(frames.numpy())
     return frames
@@ -773,8 +775,8 @@ def restore(out, state, data_id, s):
     if content is None:
         if read_result(out):
             raise InputError(f"{out} has ended meanwhile: use --resume again")
-        # The first checkpoint is saved before the first line of the log. Never train over
-        # what a run has left.
+        # The first checkpoint is saved before the first line of the log. Never train
+        # over what a run has left.
         if read_log(out) or (out / "model.safetensors").exists():
             raise InputError(f"{out} has a log or a model, but no checkpoints: put "
                              "them back, or start a new run")
@@ -1083,8 +1085,8 @@ def main(argv=None):
 
 @contextlib.contextmanager
 def signal_handler(handler):
-    """Within the block, `handler` takes the signals that stop a program. Afterwards the old
-    handlers are back."""
+    """Within the block, `handler` takes the signals that stop a program. Afterwards the
+    old handlers are back."""
     numbers = [signal.SIGINT, signal.SIGTERM]
     # SIGHUP comes when the terminal closes. Windows has none; under nohup it is ignored.
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
@@ -1110,8 +1112,8 @@ class SteadyStream(ObjectWrapper):
             self._wrapped.flush()
 
 def run_main(program, name):
-    """Bad input prints one line and exits with code 2. A stop exits with code 130. A bug
-    shows its traceback."""
+    """Bad input, or a full disk, prints one line and exits with code 2. A stop exits with
+    code 130. A bug shows its traceback."""
     sys.stderr = SteadyStream(sys.stderr)
     try:
         with signal_handler(signal.default_int_handler):
@@ -1122,6 +1124,12 @@ def run_main(program, name):
     except InputError as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        # It is the output's, because files are checked where they are written.
+        print(f"{name}: cannot print: {error.strerror}", file=sys.stderr)
+        os._exit(2)  # without trying again to print
     except KeyboardInterrupt:
         print(f"{name}: stopped", file=sys.stderr)
         os._exit(130)  # without waiting for threads

@@ -94,5 +94,9 @@ def quote(numbers):
     return " / ".join(cells)
 
 def markdown(header, rows):
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    lines = []
+    for row in [header, ["---"] * len(header), *rows]:
+        # A caption may hold what would end a cell or a row.
+        cells = [" ".join(str(cell).split()).replace("|", "\\|") for cell in row]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -269,7 +269,7 @@ def queries_table(argv, s, device, number=5):
              for query, tokens, before, after in queries if tokens < 20]
     moved.sort(key=lambda row: row[2] - row[1])
     chosen = moved[:number] + moved[max(number, len(moved) - number):]
-    lines = [[query.replace("|", "\\|"), before, after, f"{after - before:+d}"]
+    lines = [[query, before, after, f"{after - before:+d}"]
              for query, before, after in chosen]
     title = "Table 6: the queries that query augmentation improves and degrades most"
     header = ["query", "rank before", "rank after", "change"]

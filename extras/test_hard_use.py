@@ -705,3 +705,17 @@ def test_the_table_of_a_result_that_counts_no_validation_clips_is_printed(data):
     table = train.results_table(result)
     del result["missing_val"]
     assert train.results_table(result) == table
+
+@pytest.mark.parametrize("length", [1, 100_000])
+def test_a_full_disk_below_the_output_is_one_line(length):
+    """Of a short output Python notices it when it ends."""
+    code = f"import train; train.run_main(lambda: print('x' * {length}), 'train.py')"
+    with open("/dev/full", "w") as full:
+        process = subprocess.run([sys.executable, "-c", code], stdout=full, text=True,
+                                 stderr=subprocess.PIPE, cwd=Path(train.__file__).parent)
+    assert process.stderr == "train.py: cannot print: No space left on device\n"
+    assert process.returncode == 2
+
+def test_other_errors_of_the_system_keep_their_traceback():
+    with pytest.raises(OSError, match="Input/output error"):
+        train.run_main(Mock(side_effect=OSError(errno.EIO, "Input/output error")), "train.py")

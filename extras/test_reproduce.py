@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import train
-from extras import cost, reproduce, shapes
+from extras import cost, paper, reproduce, shapes
 from extras.reproduce import TABLES, main
 from test_video_colbert import SMALL, records, write_json_lines
 from video_colbert import InputError, VideoColBERT, sample_frames
@@ -149,6 +149,12 @@ def test_table_6_figures_3_and_4_and_table_1_come_from_the_runs(tmp_path, monkey
         assert Image.open(f"runs/figure-{number}-clips.png").width > 250
     assert "| msrvtt | tiny | runs/clips |" in out and "--no-query-augmentation" in out
     assert "| msvd | ViT-B-16-SigLIP | no run |" in out and "48.1 / 74.9 / 83.9 / 0.652" in out
+
+def test_a_cell_of_a_table_holds_any_caption():
+    """A line break or a bar would end the row or the cell."""
+    table = paper.markdown(["query", "rank"], [["a man\r\nis  running | fast", 3]])
+    assert table.splitlines() == ["| query | rank |", "| --- | --- |",
+                                  "| a man is running \\| fast | 3 |"]
 
 def test_table_6_sorts_by_the_change_from_off_to_on_and_figure_3_averages_it(data, monkeypatch):
     """Ranks are those of MMS_FV and capped at 100 in the table, which leaves out 20 tokens and
