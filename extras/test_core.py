@@ -1110,7 +1110,9 @@ def test_ctrl_c_while_evaluating_is_one_line_and_a_resumed_run_evaluates(data):
 def evaluate_slowly(*flags):
     def slow(*args):
         Path("evaluating").touch()
-        time.sleep(60)
+        # A signal that comes just before a long sleep would not end it.
+        for _ in range(600):
+            time.sleep(0.1)
 
     train.evaluate = slow
     run_program(*flags)
