@@ -86,7 +86,8 @@ MAY_CHANGE = {"data", "root", "out", "cache", "device", "micro_batch", "workers"
 
 def default_settings(data="", backbone="", loss=""):
     """The paper's settings, and what differs for these data, backbone and loss."""
-    s = Settings(data=data or "shapes", loss=loss or "sigmoid")
+    s = Settings()
+    s = replace(s, data=data or s.data, loss=loss or s.loss)
     if s.data == "shapes":
         s = replace(s, backbone="tiny", num_frames=6, num_tokens=12, epochs=30,
                     batch_size=64, captions_per_video=2)
@@ -133,10 +134,12 @@ def parse_settings(argv):
 
 def refuse_changes(s, saved, folder):
     """Raise InputError if `s` differs from `saved`, a dictionary of a run's settings."""
+    new = json.loads(json.dumps(asdict(s)))  # as they are saved: a tuple is a list
+    saved = json.loads(json.dumps(saved))
     for name in saved.keys() - MAY_CHANGE:
         if name == "precision" and s.eval_only:
             continue  # an evaluation may use another
-        if getattr(s, name, None) != saved[name]:
+        if new.get(name) != saved[name]:
             raise InputError(f"cannot change {name} of {folder}: {saved[name]}")
 
 def check_settings(s):

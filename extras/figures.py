@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.nn.functional import normalize
 
 from extras.long_videos import sample_long_video
-from train import atomic_write
+from train import atomic_write, user_errors
 from video_colbert import InputError, VideoError
 
 GREEN, RED = "#0a7d28", "#c4161c"
@@ -200,7 +200,8 @@ def check_picture(path):
 
 def save_picture(image, path):
     kind = Image.registered_extensions()[Path(path).suffix.lower()]
-    with atomic_write(Path(path)) as file:
+    # A ValueError says that the picture is too large for its format.
+    with user_errors(path, ValueError), atomic_write(Path(path)) as file:
         image.save(file, kind)
 
 def keep(content, path):

@@ -13,6 +13,8 @@ import argparse
 import contextlib
 import io
 import itertools
+import json
+import os
 import shlex
 import statistics
 import sys
@@ -50,7 +52,15 @@ def all_runs():
 def identity(s):
     """The settings that make one run differ from another."""
     may_change = MAY_CHANGE - {"data", "eval_only"}
-    return {name: value for name, value in asdict(s).items() if name not in may_change}
+    settings = json.loads(json.dumps(asdict(s)))  # as they are saved: a tuple is a list
+    settings["data"] = os.path.realpath(s.data)
+    return {name: value for name, value in settings.items() if name not in may_change}
+
+def weights_changed(folder, s):
+    """Whether the run's file of pretrained weights was written or renamed after it began."""
+    weights = Path(s.pretrained or "auto")
+    began = Path(folder, "settings.json").stat().st_mtime
+    return weights.is_file() and weights.stat().st_ctime > began
 
 def find_run(s):
     """The folder of a run with these settings and clips, a finished one first, or None."""
@@ -67,6 +77,8 @@ def find_run(s):
             continue
         if state and state.get("data") != data_id:
             warn_once(f"not reused: {folder} was run on other clips or captions")
+        elif weights_changed(folder, s):
+            warn_once(f"not reused: {s.pretrained} may have changed since {folder} began")
         elif record and missing_note(record) and not s.allow_missing:
             warn_once(f"not reused: {folder} lacks clips, see --allow-missing")
         elif record:
@@ -142,7 +154,8 @@ def query_ranks(folder, s, device):
 # ---- Tables
 def changed_flags(s):
     """The settings that differ from the defaults of their data and backbone, as flags."""
-    default, flags = asdict(parse_settings(["--data", s.data, "--backbone", s.backbone])), []
+    default = identity(parse_settings(["--data", s.data, "--backbone", s.backbone]))
+    flags = []
     for name, value in identity(s).items():
         flag = name.replace("_", "-")
         if value == default[name]:
@@ -241,15 +254,17 @@ def runs_table(number):
             quoted = quote(paper) if paper else ""
             found = [run for run in here if run[1].backbone == backbone]
             if not found:
-                lines.append([data, backbone, "no run", "", *[""] * len(METRICS), quoted])
+                lines.append([data, backbone, "no run", "", "", *[""] * len(METRICS), quoted])
             for folder, s, record in found:
                 changes = changed_flags(s)
                 if missing_note(record):
                     changes.append(missing_note(record))
                 row = result(record, "text to video", "FV")
+                size = f"{row['queries']} queries, {record['gallery']} clips"
                 numbers = [show(metric, [row[metric]]) for metric in METRICS]
-                lines.append([data, backbone, folder, " ".join(changes), *numbers, quoted])
-    header = ["dataset", "backbone", "run", "changed settings", *METRICS, "the paper's"]
+                lines.append([data, backbone, folder, size, " ".join(changes), *numbers, quoted])
+    header = ["dataset", "backbone", "run", "test set", "changed settings", *METRICS,
+              "the paper's, full test set"]
     return f"Table {number}: the runs in runs/, MMS_FV\n\n{markdown(header, lines)}"
 
 def augmentation(argv, s, device):

@@ -2,10 +2,11 @@
 import numpy as np
 import pytest
 import torch
-from PIL import ImageFont
+from PIL import Image, ImageFont
 
+from extras import figures
 from extras.figures import draw_bars, draw_interactions, interactions, load_font
-from video_colbert import Config, VideoColBERT
+from video_colbert import Config, InputError, VideoColBERT
 
 def pixels(*shape):
     return torch.randint(0, 256, (*shape, 3, 48, 48), dtype=torch.uint8)
@@ -102,3 +103,8 @@ def test_figure_3_draws_an_improvement_below_the_line_in_green():
     green, red = ink(image, 1) + (0, 8), ink(image, 0) + (0, 8)
     assert set(green[:, 1]) == set(range(70, 141)) and green[:, 0].max() == 310
     assert set(red[:, 1]) == set(range(310, 381)) and red[:, 0].min() == 130
+
+def test_a_picture_that_is_too_large_for_its_format_is_one_line(tmp_path):
+    with pytest.raises(InputError, match="hits.webp: .*limit of 16383 pixels"):
+        figures.save_picture(Image.new("RGB", (8, 16400)), tmp_path / "hits.webp")
+    assert not list(tmp_path.iterdir())

@@ -719,3 +719,11 @@ def test_a_full_disk_below_the_output_is_one_line(length):
 def test_other_errors_of_the_system_keep_their_traceback():
     with pytest.raises(OSError, match="Input/output error"):
         train.run_main(Mock(side_effect=OSError(errno.EIO, "Input/output error")), "train.py")
+
+@pytest.mark.parametrize("name, value", [("loss", "infonce"), ("data", "msrvtt")])
+def test_a_default_that_a_reader_edits_is_the_default(monkeypatch, name, value):
+    monkeypatch.setattr(train.Settings.__init__, "__defaults__", tuple(
+        value if field.name == name else field.default
+        for field in dataclasses.fields(train.Settings)))
+    assert getattr(train.parse_settings(["--backbone", "tiny"]), name) == value
+    assert getattr(train.parse_settings(["--loss", "sigmoid", "--data", "shapes"]), name) != value

@@ -1,8 +1,10 @@
 """Tables and figures come from the runs that they name, and each run is made once."""
+import dataclasses
 import json
 import os
 import shlex
 import shutil
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -450,3 +452,46 @@ def test_an_evaluation_is_no_training_run(data):
     train.main([*FLAGS, "--epochs", "1", "--out", "z"])
     train.main(["--eval-only", "z", "--out", "runs/e"])
     assert reproduce.find_run(train.parse_settings([*FLAGS, "--epochs", "1"])) is None
+
+# ---- Found in a fourteenth hour of hard use
+def test_a_run_is_not_reused_after_its_file_of_weights_has_changed(data, capsys):
+    """Also if an older file takes its name. A file that is gone is no reason."""
+    main([*FLAGS, "--seeds", "1"])
+    Path("weights.pt").write_text("old")
+    Path("older.pt").write_text("older")
+    os.utime("older.pt", (0, 0))
+    settings = json.loads(Path("runs/clips/settings.json").read_text())
+    settings["pretrained"] = "weights.pt"
+    time.sleep(0.02)
+    Path("runs/clips/settings.json").write_text(json.dumps(settings))
+    s = train.parse_settings([*FLAGS, "--pretrained", "weights.pt"])
+    assert reproduce.find_run(s) == Path("runs/clips")
+    time.sleep(0.02)
+    os.replace("older.pt", "weights.pt")
+    assert reproduce.find_run(s) is None
+    assert "not reused: weights.pt may have changed since runs/clips" in capsys.readouterr().err
+    os.unlink("weights.pt")
+    assert reproduce.find_run(s) == Path("runs/clips")
+
+def test_a_run_is_reused_if_its_file_of_clips_is_written_in_another_way(data):
+    for name in ("clips.jsonl", "./clips.jsonl", str(data / "clips.jsonl")):
+        main([*FLAGS, "--seeds", "1", "--data", name])
+    assert runs_below() == ["clips"]
+
+def test_table_1_says_how_large_the_test_set_is(data, monkeypatch):
+    os.mkdir("msrvtt")
+    write_json_lines(data / "msrvtt")
+    train.main([*FLAGS, "--data", "msrvtt/clips.jsonl", "--out", "runs/a"])
+    (row,) = [line for line in reproduce.runs_table(1).splitlines() if "runs/a" in line]
+    assert "| runs/a | 2 queries, 2 clips |" in row
+
+def test_a_setting_that_is_a_tuple_is_the_same_when_it_was_saved(data, monkeypatch):
+    extended = dataclasses.make_dataclass(
+        "Settings", [("betas", tuple[float, float], (0.9, 0.98))], bases=(train.Settings,))
+    monkeypatch.setattr(train, "Settings", extended)
+    main([*FLAGS, "--seeds", "1"])
+    main([*FLAGS, "--seeds", "1"])
+    assert runs_below() == ["clips"]
+    train.main(["--resume", "runs/clips", "--betas", "0.9", "0.98"])
+    with pytest.raises(InputError, match="cannot change betas"):
+        train.main(["--resume", "runs/clips", "--betas", "0.9", "0.9"])
