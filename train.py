@@ -129,13 +129,16 @@ def parse_settings(argv):
     s = tyro.cli(Settings, args=argv, default=default, description=__doc__.splitlines()[0])
     check_settings(s)
     if folder:
-        refuse_changes(s, asdict(saved), folder)
+        refuse_changes(s, as_saved(saved), folder)
     return s
+
+def as_saved(s):
+    """The dictionary that settings.json gives back. A tuple is a list there."""
+    return json.loads(json.dumps(asdict(s)))
 
 def refuse_changes(s, saved, folder):
     """Raise InputError if `s` differs from `saved`, a dictionary of a run's settings."""
-    new = json.loads(json.dumps(asdict(s)))  # as they are saved: a tuple is a list
-    saved = json.loads(json.dumps(saved))
+    new = as_saved(s)
     for name in saved.keys() - MAY_CHANGE:
         if name == "precision" and s.eval_only:
             continue  # an evaluation may use another
@@ -641,6 +644,7 @@ def train(model, data, s, device, out, data_id):
         if first == 0 and RANK == 0:
             # From now on, a log without checkpoints means that they were lost.
             save_checkpoint(out, 0, 0, state, data_id, s)
+
         for step, inputs in enumerate(prefetch(load, todo, s.workers), first):
             epoch = sum(end <= step for end in ends)  # how many have ended
             # Evaluate the previous epoch only now that its checkpoint is saved: a run

@@ -6,19 +6,18 @@
     python -m extras.reproduce --table 5 --data msrvtt --root /data/MSRVTT
 
 Tables 1 to 8, 11 and 12, figures 3 and 4; all other flags are train.py's. A run in runs/
-with the same settings and the same clips is reused, or resumed if it is not finished. The
+with the same settings, clips and weights is reused, or resumed if it is not finished. The
 result is printed and kept in runs/, beside earlier ones.
 """
 import argparse
 import contextlib
 import io
 import itertools
-import json
 import os
 import shlex
 import statistics
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -52,7 +51,7 @@ def all_runs():
 def identity(s):
     """The settings that make one run differ from another."""
     may_change = MAY_CHANGE - {"data", "eval_only"}
-    settings = json.loads(json.dumps(asdict(s)))  # as they are saved: a tuple is a list
+    settings = train.as_saved(s)
     settings["data"] = os.path.realpath(s.data)
     return {name: value for name, value in settings.items() if name not in may_change}
 
