@@ -72,8 +72,8 @@ def test_a_step_has_the_flop_of_torchs_counter_and_of_attention():
     with FlopCounterMode(display=False) as real, KernelCounter() as counter:
         predict.train.training_step(model, optimizer, scaler, s, *batch)
     flop = sum(kernel.flop for kernel in kernels)
-    # torch's counter knows nothing of the CPU's attention.
-    assert sum(kernel.flop for kernel in counter.kernels) == flop > real.get_total_flops()
+    # Before torch 2.15, its counter knows nothing of the CPU's attention.
+    assert sum(kernel.flop for kernel in counter.kernels) == flop >= real.get_total_flops()
     assert flop < 1.1 * real.get_total_flops()
     assert pixels == batch[2].nbytes == 4 * 3 * 3 * 48 * 48
     in_parts, _ = predict.count_step(replace(s, micro_batch=2))
