@@ -78,6 +78,8 @@ class Settings(Config):
     resume: str = ""  # continue the run in this folder, with its settings
     eval_only: str = ""  # evaluate the model of this run, on --data if it is given
     allow_missing: bool = False  # leave out clips that cannot be read
+    # No flag: hash of the file that --pretrained names, so that its content is known
+    pretrained_hash: tyro.conf.Suppress[str] = ""
 
 # What --resume and --eval-only may change. A resumed run may find its data in another
 # place, but data_hash must agree.
@@ -130,10 +132,12 @@ def parse_settings(argv):
     check_settings(s)
     if folder:
         refuse_changes(s, as_saved(saved), folder)
+    elif os.path.isfile(s.pretrained or ""):
+        s = replace(s, pretrained_hash=file_hash(s.pretrained))
     return s
 
 def as_saved(s):
-    """The dictionary that settings.json gives back. A tuple is a list there."""
+    """The settings as settings.json gives them back: a tuple becomes a list."""
     return json.loads(json.dumps(asdict(s)))
 
 def refuse_changes(s, saved, folder):
@@ -318,6 +322,10 @@ def file_id(path):
             return os.fstat(file.fileno()).st_size, zlib.crc32(file.read(2 ** 16))
     except OSError:
         return None
+
+def file_hash(path):
+    with user_errors(path, OSError), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha1").hexdigest()
 
 def data_hash(data):
     """A hash of captions, clips and video files, by which a run recognizes its data. Of

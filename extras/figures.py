@@ -194,13 +194,13 @@ def draw_hits(query, hits, num_frames, segment=0, side=96):
 
 def check_picture(path):
     """Raises InputError if a picture cannot be saved under this name."""
-    if Image.registered_extensions().get(Path(path).suffix.lower()) not in Image.SAVE:
-        raise InputError(f"{path}: a picture's name ends in .png or .jpg")
+    if Path(path).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise InputError(f"{path}: a picture's name ends in .png, .jpg or .webp")
     check_folder(path)
 
 def save_picture(image, path):
     kind = Image.registered_extensions()[Path(path).suffix.lower()]
-    # A ValueError says that the picture is too large for its format.
+    # WebP raises ValueError for a picture that is too large.
     with user_errors(path, ValueError), atomic_write(Path(path)) as file:
         image.save(file, kind)
 

@@ -6,8 +6,8 @@
     python -m extras.reproduce --table 5 --data msrvtt --root /data/MSRVTT
 
 Tables 1 to 8, 11 and 12, figures 3 and 4; all other flags are train.py's. A run in runs/
-with the same settings, clips and weights is reused, or resumed if it is not finished. The
-result is printed and kept in runs/, beside earlier ones.
+with the same settings, clips and file of weights is reused, or resumed if it is not
+finished. The result is printed and kept in runs/, beside earlier ones.
 """
 import argparse
 import contextlib
@@ -48,25 +48,24 @@ def all_runs():
             warn_once(f"skipped: {error}")
     return runs
 
-def identity(s):
-    """The settings that make one run differ from another."""
-    may_change = MAY_CHANGE - {"data", "eval_only"}
-    settings = train.as_saved(s)
-    settings["data"] = os.path.realpath(s.data)
-    return {name: value for name, value in settings.items() if name not in may_change}
+# Two runs that differ only in these have the same result.
+IGNORED = MAY_CHANGE - {"data", "eval_only"}
 
-def weights_changed(folder, s):
-    """Whether the run's file of pretrained weights was written or renamed after it began."""
-    weights = Path(s.pretrained or "auto")
-    began = Path(folder, "settings.json").stat().st_mtime
-    return weights.is_file() and weights.stat().st_ctime > began
+def identity(s):
+    """The settings that make one run differ from another. The file of clips counts by its
+    real path, the file of weights by its content."""
+    settings = train.as_saved(replace(s, data=os.path.realpath(s.data)))
+    if s.pretrained_hash:
+        del settings["pretrained"]
+    return {name: value for name, value in settings.items() if name not in IGNORED}
 
 def find_run(s):
     """The folder of a run with these settings and clips, a finished one first, or None."""
     data_id = train.data_hash(train.load_clips(s))
+    wanted = identity(s)
     unfinished = None
     for folder, saved in all_runs():
-        if identity(saved) != identity(s):
+        if identity(saved) != wanted:
             continue
         try:
             record = read_result(folder)
@@ -76,8 +75,6 @@ def find_run(s):
             continue
         if state and state.get("data") != data_id:
             warn_once(f"not reused: {folder} was run on other clips or captions")
-        elif weights_changed(folder, s):
-            warn_once(f"not reused: {s.pretrained} may have changed since {folder} began")
         elif record and missing_note(record) and not s.allow_missing:
             warn_once(f"not reused: {folder} lacks clips, see --allow-missing")
         elif record:
@@ -153,11 +150,11 @@ def query_ranks(folder, s, device):
 # ---- Tables
 def changed_flags(s):
     """The settings that differ from the defaults of their data and backbone, as flags."""
-    default = identity(parse_settings(["--data", s.data, "--backbone", s.backbone]))
+    default = train.as_saved(parse_settings(["--data", s.data, "--backbone", s.backbone]))
     flags = []
-    for name, value in identity(s).items():
+    for name, value in train.as_saved(s).items():
         flag = name.replace("_", "-")
-        if value == default[name]:
+        if value == default[name] or name in IGNORED | {"pretrained_hash"}:
             continue
         if isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
@@ -263,7 +260,7 @@ def runs_table(number):
                 numbers = [show(metric, [row[metric]]) for metric in METRICS]
                 lines.append([data, backbone, folder, size, " ".join(changes), *numbers, quoted])
     header = ["dataset", "backbone", "run", "test set", "changed settings", *METRICS,
-              "the paper's, full test set"]
+              "the paper's"]
     return f"Table {number}: the runs in runs/, MMS_FV\n\n{markdown(header, lines)}"
 
 def augmentation(argv, s, device):
