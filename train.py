@@ -78,7 +78,7 @@ class Settings(Config):
     resume: str = ""  # continue the run in this folder, with its settings
     eval_only: str = ""  # evaluate the model of this run, on --data if it is given
     allow_missing: bool = False  # leave out clips that cannot be read
-    # No flag: hash of the file that --pretrained names, so that its content is known
+    # Not a flag: the hash of the file that --pretrained names, which may change later
     pretrained_hash: tyro.conf.Suppress[str] = ""
 
 # What --resume and --eval-only may change. A resumed run may find its data in another
@@ -324,6 +324,7 @@ def file_id(path):
         return None
 
 def file_hash(path):
+    """A hash of a whole file. Raises InputError if it cannot be read."""
     with user_errors(path, OSError), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha1").hexdigest()
 
