@@ -543,7 +543,7 @@ def test_an_epoch_has_every_caption_in_its_own_order_and_k_captions_per_example(
     assert list(itertools.chain(*train.batches(clips, s))) == first[:n] + second[:n]
 
 def test_a_batch_marks_every_true_pair():
-    """The same video twice, and a video with the very same caption as another."""
+    """The same video twice, and a video with the very same caption as another, drawn or not."""
     clips = [train.Clip(captions, list(captions)) for captions in ("ab", "cd", "ce")]
     pairs = train.positive_pairs(clips, [(0, [0]), (1, [0]), (0, [1]), (2, [0])])
     row_a, row_c = [1, 0, 1, 0], [0, 1, 0, 1]
@@ -551,6 +551,7 @@ def test_a_batch_marks_every_true_pair():
     # An example with two captions and one with one.
     pairs = train.positive_pairs(clips, [(0, [0, 1]), (2, [1])])
     assert pairs.int().tolist() == [[1, 0], [1, 0], [0, 1]]
+    assert train.positive_pairs(clips, [(1, [1]), (2, [0])]).int().tolist() == [[1, 0], [1, 1]]
 
 def test_the_schedule_rises_for_a_tenth_and_falls_to_the_end():
     factors = [train.schedule(step, 100, 0.1) for step in range(100)]

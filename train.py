@@ -444,15 +444,17 @@ def load_batch(batch, clips, s, model):
 
 def positive_pairs(clips, batch):
     """Which captions of a batch describe which of its videos -> bool (A, B). A text
-    that several videos of the batch have in common describes each of them."""
-    captions = [(v, clips[v].captions[c]) for v, chosen in batch for c in chosen]
-    videos_of_text = {}
-    for v, text in captions:
-        videos_of_text.setdefault(text, []).append(v)
-    # The clip of each column. Two columns may be the same clip.
-    columns = np.array([v for v, _ in batch])  # (B,)
-    rows = [np.isin(columns, videos_of_text[text]) for _, text in captions]
-    return torch.from_numpy(np.stack(rows))
+    describes every video that has it among its captions, chosen or not."""
+    columns_of_text = {}
+    for column, (v, _) in enumerate(batch):
+        for text in clips[v].captions:
+            columns_of_text.setdefault(text, []).append(column)
+
+    texts = [clips[v].captions[c] for v, chosen in batch for c in chosen]
+    positives = torch.zeros(len(texts), len(batch), dtype=torch.bool)  # (A, B)
+    for row, text in enumerate(texts):
+        positives[row, columns_of_text[text]] = True
+    return positives
 
 # ---- Optimizer (section 5.2, Table 9)
 def make_optimizer(model, s):
@@ -624,9 +626,10 @@ def make_scaler(device, precision):
     return torch.amp.GradScaler(device.type, growth_interval=200, enabled=is_fp16)
 
 # ---- Training loop
-def train(model, data, s, device, out, data_id):
+def train(model, data, s, device, out, ids):
     """Train `model` in place on data["train"], from the last checkpoint in `out` if there
-    is one. Each step is a line of out/log.jsonl. On a signal, save and stop."""
+    is one. Each step is a line of out/log.jsonl. On a signal, save and stop. `ids` are
+    hashes of the data, by which a checkpoint recognizes them."""
     clips = data["train"]
     # All epochs are as long as the first, unless a reader edits epoch_examples.
     lengths = [len(epoch_examples(clips, s, epoch)) // s.batch_size
@@ -637,7 +640,7 @@ def train(model, data, s, device, out, data_id):
     optimizer = make_optimizer(model, s)
     scaler = make_scaler(device, s.precision)
     state = dict(model=model, optimizer=optimizer, scaler=scaler)
-    first, log_end = restore(out, state, data_id, s)
+    first, log_end = restore(out, state, ids, s)
     # Only the first process logs. The log is cut back to the checkpoint.
     log = open(os.devnull, "ab") if RANK > 0 else open_log(out, log_end)
 
@@ -652,7 +655,7 @@ def train(model, data, s, device, out, data_id):
     with log, bar, signal_handler(lambda number, frame: stop_signal.set()):
         if first == 0 and RANK == 0:
             # From now on, a log without checkpoints means that they were lost.
-            save_checkpoint(out, 0, 0, state, data_id, s)
+            save_checkpoint(out, 0, 0, state, ids, s)
 
         for step, inputs in enumerate(prefetch(load, todo, s.workers), first):
             epoch = sum(end <= step for end in ends)  # how many have ended
@@ -683,7 +686,7 @@ def train(model, data, s, device, out, data_id):
                 unread = []
 
             if saves and RANK == 0:
-                save_checkpoint(out, step + 1, log.tell(), state, data_id, s)
+                save_checkpoint(out, step + 1, log.tell(), state, ids, s)
             if stops:
                 break
         if not stops and RANK == 0:
@@ -755,11 +758,10 @@ def checkpoint_paths(out):
     digits = 8 * "[0-9]"
     return sorted(Path(out, "checkpoints").glob(f"step-{digits}.pt"))
 
-def save_checkpoint(out, step, log_end, state, data_id, s):
+def save_checkpoint(out, step, log_end, state, ids, s):
     """Write out/checkpoints/step-N.pt after N steps, and keep the one before it."""
     content = {name: part.state_dict() for name, part in state.items()}
-    content |= dict(step=step, log_end=log_end, data=data_id,
-                    settings=json.dumps(asdict(s)))
+    content |= ids | dict(step=step, log_end=log_end, settings=json.dumps(asdict(s)))
     path = out / "checkpoints" / f"step-{step:08d}.pt"
     # In memory first, because torch.save's error for a full disk is unclear.
     buffer = io.BytesIO()
@@ -785,7 +787,7 @@ def load_checkpoint(out):
     if paths:
         raise InputError(f"all checkpoints in {out} are damaged: start a new run")
 
-def restore(out, state, data_id, s):
+def restore(out, state, ids, s):
     """Load the last checkpoint -> its step and the log's length, or 0, 0 without one."""
     content = load_checkpoint(out)
     if content is None:
@@ -797,9 +799,13 @@ def restore(out, state, data_id, s):
             raise InputError(f"{out} has a log or a model, but no checkpoints: put "
                              "them back, or start a new run")
         return 0, 0
-    if content["data"] != data_id:
+    if content["data"] != ids["data"]:
         raise InputError(f"{out} was started with other clips or captions, "
                          "or a video is gone or has changed")
+    # Of --allow-missing. Checkpoints of older versions do not have it.
+    if content.get("readable", ids["readable"]) != ids["readable"]:
+        raise InputError(f"other videos can be read than when {out} was started: "
+                         "put the old ones back, or start a new run")
     # settings.json may have been edited. Checkpoints of older versions have no settings.
     refuse_changes(s, json.loads(content.get("settings", "{}")), out)
     for name, part in state.items():
@@ -930,9 +936,10 @@ def run(s, device):
         examples = len(epoch_examples(readable["train"], s, 0))
         if examples < s.batch_size:
             raise InputError(f"--batch-size {s.batch_size} is more than {examples} examples")
+    ids = dict(data=data_id, readable=data_hash(readable))
 
     with claimed_folder(s, out):
-        scores_and_target = train_and_evaluate(model, readable, s, device, out, data_id)
+        scores_and_target = train_and_evaluate(model, readable, s, device, out, ids)
         if RANK == 0:
             if not s.eval_only:
                 with user_errors(out, OSError):
@@ -996,7 +1003,7 @@ def remove_checkpoints(out):
     with contextlib.suppress(OSError):
         folder.rmdir()
 
-def train_and_evaluate(model, data, s, device, out, data_id):
+def train_and_evaluate(model, data, s, device, out, ids):
     """-> what `evaluate` returns for the test clips, in the first process."""
     try:
         model.to(device)
@@ -1007,7 +1014,7 @@ def train_and_evaluate(model, data, s, device, out, data_id):
             for module in (visual, text.transformer, model.temporal):
                 module.compile()
         if "train" in data:  # not with --eval-only or --epochs 0
-            train(model, data, s, device, out, data_id)
+            train(model, data, s, device, out, ids)
         if RANK == 0:
             return evaluate(model, data["test"], s, device)
     except torch.OutOfMemoryError:
@@ -1028,7 +1035,8 @@ def run_folder(s):
 def check_is_new(out):
     """Raise InputError if the folder holds anything but the lock of a run."""
     if out.is_file() or any(path.name != "lock" for path in out.glob("*")):
-        raise InputError(f"{out} exists: give a new --out, or --resume {out}")
+        raise InputError(f"{out} exists: give a new --out, or continue the run that "
+                         f"is there with --resume {out}")
 
 def read_log(out):
     """The complete lines of a run's log; none if it has not begun."""
@@ -1095,7 +1103,8 @@ def main(argv=None):
         dist.init_process_group(backend, timeout=timedelta(days=1))
     out = run(s, device)
     if RANK == 0:
-        print(results_table(read_result(out)), out, sep="\n")
+        title = f"{s.eval_only or out} on {s.data}:"  # whose model, and which clips
+        print(title, results_table(read_result(out)), out, sep="\n")
     if WORLD > 1:
         dist.destroy_process_group()
 

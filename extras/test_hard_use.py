@@ -21,7 +21,7 @@ import video_colbert
 from extras import figures, search
 from test_video_colbert import (SMALL, contents, pixels, records, run_until, write_clip,
                                 write_json_lines)
-from video_colbert import InputError, VideoColBERT, sample_frames
+from video_colbert import InputError, VideoColBERT, VideoError, sample_frames
 
 FLAGS = [*SMALL, "--data", "clips.jsonl"]
 
@@ -727,3 +727,39 @@ def test_a_default_that_a_reader_edits_is_the_default(monkeypatch, name, value):
         for field in dataclasses.fields(train.Settings)))
     assert getattr(train.parse_settings(["--backbone", "tiny"]), name) == value
     assert getattr(train.parse_settings(["--loss", "sigmoid", "--data", "shapes"]), name) != value
+
+# ---- Found in a fifteenth hour
+def test_a_run_resumes_only_with_the_clips_that_it_could_read(data, monkeypatch):
+    """A video whose damage is neither in its size nor in its first 64 KB may be replaced by a
+    good copy: that would be another training set, with other steps."""
+    def one_is_damaged(path, *args):
+        if path == "0/clip.mp4":
+            raise VideoError("0/clip.mp4: damaged")
+        return sample_frames(path, *args)
+    flags = [*FLAGS, "--allow-missing", "--out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(video_colbert, "sample_frames", one_is_damaged)
+        for name in ("a", "b"):
+            run_until(monkeypatch, [*flags, name], "training_step", 1)
+        train.main(["--resume", "b"])
+        assert train.read_result("b")["missing_train"] == 1
+    with pytest.raises(InputError, match="other videos can be read than when a was started"):
+        train.main(["--resume", "a"])
+    # A checkpoint of an older version does not say which clips could be read.
+    path = train.checkpoint_paths("a")[-1]
+    content = torch.load(path)
+    del content["readable"]
+    torch.save(content, path)
+    train.main(["--resume", "a"])
+
+def test_a_table_says_whose_model_it_is_of_and_on_which_clips(data, capsys):
+    """The folder of an evaluation is called after its clips only."""
+    for name in ("a", "b"):
+        train.main([*FLAGS, "--epochs", "0", "--seed", str(ord(name)), "--out", name])
+    assert capsys.readouterr().out.count("b on clips.jsonl:\ngallery of 2 clips\n") == 1
+    train.main(["--eval-only", "a"])
+    with pytest.raises(InputError, match="continue the run that is there with --resume"):
+        train.main(["--eval-only", "b"])
+    capsys.readouterr()
+    train.main(["--resume", "runs/clips-eval"])
+    assert capsys.readouterr().out.startswith("a on clips.jsonl:\ngallery of 2 clips\n")
