@@ -502,7 +502,7 @@ class Timing(NamedTuple):
     # and joined files, the i-th decoded frame appears at times[i].
     pts_are_reliable: bool
 
-# By default, PyAV before version 19 refuses files whose metadata is not UTF-8.
+# PyAV before version 19 must be told to open files whose metadata is not UTF-8.
 OPEN_OPTIONS = {}
 if int(av.__version__.split(".")[0]) < 19:
     OPEN_OPTIONS = {"metadata_errors": "ignore"}
