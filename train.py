@@ -626,10 +626,9 @@ def make_scaler(device, precision):
     return torch.amp.GradScaler(device.type, growth_interval=200, enabled=is_fp16)
 
 # ---- Training loop
-def train(model, data, s, device, out, ids):
+def train(model, data, s, device, out, data_id):
     """Train `model` in place on data["train"], from the last checkpoint in `out` if there
-    is one. Each step is a line of out/log.jsonl. On a signal, save and stop. `ids` are
-    hashes of the data, by which a checkpoint recognizes them."""
+    is one. Each step is a line of out/log.jsonl. On a signal, save and stop."""
     clips = data["train"]
     # All epochs are as long as the first, unless a reader edits epoch_examples.
     lengths = [len(epoch_examples(clips, s, epoch)) // s.batch_size
@@ -640,6 +639,8 @@ def train(model, data, s, device, out, ids):
     optimizer = make_optimizer(model, s)
     scaler = make_scaler(device, s.precision)
     state = dict(model=model, optimizer=optimizer, scaler=scaler)
+    # `data_id` is of all clips, also of those that --allow-missing has left out.
+    ids = dict(data=data_id, readable=data_hash(data))
     first, log_end = restore(out, state, ids, s)
     # Only the first process logs. The log is cut back to the checkpoint.
     log = open(os.devnull, "ab") if RANK > 0 else open_log(out, log_end)
@@ -802,7 +803,7 @@ def restore(out, state, ids, s):
     if content["data"] != ids["data"]:
         raise InputError(f"{out} was started with other clips or captions, "
                          "or a video is gone or has changed")
-    # Of --allow-missing. Checkpoints of older versions do not have it.
+    # Checkpoints of older versions do not say which clips could be read.
     if content.get("readable", ids["readable"]) != ids["readable"]:
         raise InputError(f"other videos can be read than when {out} was started: "
                          "put the old ones back, or start a new run")
@@ -936,10 +937,9 @@ def run(s, device):
         examples = len(epoch_examples(readable["train"], s, 0))
         if examples < s.batch_size:
             raise InputError(f"--batch-size {s.batch_size} is more than {examples} examples")
-    ids = dict(data=data_id, readable=data_hash(readable))
 
     with claimed_folder(s, out):
-        scores_and_target = train_and_evaluate(model, readable, s, device, out, ids)
+        scores_and_target = train_and_evaluate(model, readable, s, device, out, data_id)
         if RANK == 0:
             if not s.eval_only:
                 with user_errors(out, OSError):
@@ -1003,7 +1003,7 @@ def remove_checkpoints(out):
     with contextlib.suppress(OSError):
         folder.rmdir()
 
-def train_and_evaluate(model, data, s, device, out, ids):
+def train_and_evaluate(model, data, s, device, out, data_id):
     """-> what `evaluate` returns for the test clips, in the first process."""
     try:
         model.to(device)
@@ -1014,7 +1014,7 @@ def train_and_evaluate(model, data, s, device, out, ids):
             for module in (visual, text.transformer, model.temporal):
                 module.compile()
         if "train" in data:  # not with --eval-only or --epochs 0
-            train(model, data, s, device, out, ids)
+            train(model, data, s, device, out, data_id)
         if RANK == 0:
             return evaluate(model, data["test"], s, device)
     except torch.OutOfMemoryError:
