@@ -78,11 +78,11 @@ class Settings(Config):
     resume: str = ""  # continue the run in this folder, with its settings
     eval_only: str = ""  # evaluate the model of this run, on --data if it is given
     allow_missing: bool = False  # leave out clips that cannot be read
-    # Not a flag: the hash of the file that --pretrained names, which may change later
+    # Not a flag: the hash of --pretrained if that is a file, which may be replaced later
     pretrained_hash: tyro.conf.Suppress[str] = ""
 
 # What --resume and --eval-only may change. A resumed run may find its data in another
-# place, but data_hash must agree.
+# place, but the clips must be the same.
 MAY_CHANGE = {"data", "root", "out", "cache", "device", "micro_batch", "workers",
               "checkpoint_every", "eval_every", "resume", "eval_only", "allow_missing"}
 
@@ -445,16 +445,12 @@ def load_batch(batch, clips, s, model):
 def positive_pairs(clips, batch):
     """Which captions of a batch describe which of its videos -> bool (A, B). A text
     describes every video that has it among its captions, chosen or not."""
-    columns_of_text = {}
-    for column, (v, _) in enumerate(batch):
-        for text in clips[v].captions:
-            columns_of_text.setdefault(text, []).append(column)
-
-    texts = [clips[v].captions[c] for v, chosen in batch for c in chosen]
-    positives = torch.zeros(len(texts), len(batch), dtype=torch.bool)  # (A, B)
-    for row, text in enumerate(texts):
-        positives[row, columns_of_text[text]] = True
-    return positives
+    texts = [clips[v].captions[c] for v, chosen in batch for c in chosen]  # A
+    captions_of_videos = [set(clips[v].captions) for v, _ in batch]  # B
+    rows = []
+    for text in texts:
+        rows.append([text in captions for captions in captions_of_videos])
+    return torch.tensor(rows)
 
 # ---- Optimizer (section 5.2, Table 9)
 def make_optimizer(model, s):
@@ -640,7 +636,7 @@ def train(model, data, s, device, out, data_id):
     scaler = make_scaler(device, s.precision)
     state = dict(model=model, optimizer=optimizer, scaler=scaler)
     # `data_id` is of all clips, also of those that --allow-missing has left out.
-    ids = dict(data=data_id, readable=data_hash(data))
+    ids = dict(data=data_id, train_clips=len(clips))
     first, log_end = restore(out, state, ids, s)
     # Only the first process logs. The log is cut back to the checkpoint.
     log = open(os.devnull, "ab") if RANK > 0 else open_log(out, log_end)
@@ -803,10 +799,11 @@ def restore(out, state, ids, s):
     if content["data"] != ids["data"]:
         raise InputError(f"{out} was started with other clips or captions, "
                          "or a video is gone or has changed")
-    # Checkpoints of older versions do not say which clips could be read.
-    if content.get("readable", ids["readable"]) != ids["readable"]:
-        raise InputError(f"other videos can be read than when {out} was started: "
-                         "put the old ones back, or start a new run")
+    # Checkpoints of older versions do not count the clips.
+    count = content.get("train_clips", ids["train_clips"])
+    if count != ids["train_clips"]:
+        raise InputError(f"{out} was started with {count} training clips that could be "
+                         f"read, now there are {ids['train_clips']}: start a new run")
     # settings.json may have been edited. Checkpoints of older versions have no settings.
     refuse_changes(s, json.loads(content.get("settings", "{}")), out)
     for name, part in state.items():
@@ -986,6 +983,10 @@ def make_model(s, out):
     if s.eval_only:
         return VideoColBERT.load(s.eval_only)
     if not checkpoint_paths(out):
+        # A run that was stopped before its first checkpoint reads its weights again.
+        if s.pretrained_hash and file_hash(s.pretrained) != s.pretrained_hash:
+            raise InputError(f"{s.pretrained} has changed since {out} began: "
+                             "start a new run")
         return VideoColBERT(s)
     # The checkpoint holds all weights. The file they once came from may have moved.
     model = VideoColBERT(replace(s, pretrained="none"))
@@ -1035,8 +1036,8 @@ def run_folder(s):
 def check_is_new(out):
     """Raise InputError if the folder holds anything but the lock of a run."""
     if out.is_file() or any(path.name != "lock" for path in out.glob("*")):
-        raise InputError(f"{out} exists: give a new --out, or continue the run that "
-                         f"is there with --resume {out}")
+        raise InputError(f"{out} exists: give a new --out "
+                         f"(--resume {out} continues a run)")
 
 def read_log(out):
     """The complete lines of a run's log; none if it has not begun."""

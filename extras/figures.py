@@ -192,15 +192,17 @@ def draw_hits(query, hits, num_frames, segment=0, side=96):
             image.paste(picture, (x + 4, top + 4))
     return image
 
+PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+
 def check_picture(path):
     """Raises InputError if a picture cannot be saved under this name."""
-    if Path(path).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+    if Path(path).suffix.lower() not in PICTURES:
         raise InputError(f"{path}: a picture's name ends in .png, .jpg or .webp")
     check_folder(path)
 
 def save_picture(image, path):
-    kind = Image.registered_extensions()[Path(path).suffix.lower()]
-    # WebP raises ValueError for a picture that is too large.
+    kind = PICTURES[Path(path).suffix.lower()]
+    # Pillow raises ValueError if a picture is too large for WebP.
     with user_errors(path, ValueError), atomic_write(Path(path)) as file:
         image.save(file, kind)
 

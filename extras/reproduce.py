@@ -54,9 +54,9 @@ IGNORED = MAY_CHANGE - {"data", "eval_only"}
 def identity(s):
     """The settings that make one run differ from another. The file of clips counts by its
     real path, the file of weights by its content."""
-    settings = train.as_saved(replace(s, data=os.path.realpath(s.data)))
-    if s.pretrained_hash:
-        del settings["pretrained"]
+    settings = train.as_saved(s)
+    settings["data"] = os.path.realpath(s.data)
+    settings["pretrained"] = s.pretrained_hash or s.pretrained
     return {name: value for name, value in settings.items() if name not in IGNORED}
 
 def find_run(s):
@@ -102,7 +102,8 @@ def runs_of(argv, flags, seeds, device):
         found = find_run(s)
         if found:
             warn_once(f"{'reused' if read_result(found) else 'resumed'}: {found}")
-            s = replace(s, resume=str(found))
+            # Its file of weights may have had another name.
+            s = replace(s, resume=str(found), pretrained=read_settings(found).pretrained)
             folders.append(train.run(s, device))
             continue
         folder = new_folder(s)
@@ -149,7 +150,8 @@ def query_ranks(folder, s, device):
 
 # ---- Tables
 def changed_flags(s):
-    """The settings that differ from the defaults of their data and backbone, as flags."""
+    """The settings that change the result and differ from the defaults of their data and
+    backbone, as flags."""
     default = train.as_saved(parse_settings(["--data", s.data, "--backbone", s.backbone]))
     flags = []
     for name, value in train.as_saved(s).items():

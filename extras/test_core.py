@@ -306,7 +306,7 @@ def test_input_errors_are_one_line_and_programming_errors_keep_their_traceback(c
     ("--data nonsense", "--data is shapes, msrvtt or FILE.jsonl"),
     ("--loss hinge", "loss must be"), ("--backbone ViT-B-23", "unknown backbone"),
     ("--batch-size 0", "--batch-size cannot be 0"), ("--epochs -1", "--epochs cannot be -1"),
-    ("--lr nan", "--lr cannot be nan"), ("--out {}", " exists: give a new --out, or continue"),
+    ("--lr nan", "--lr cannot be nan"), ("--out {}", " exists: give a new --out"),
     ("--warmup inf", "--warmup cannot be inf"),
     ("--pad-token 99999", "pad_token must be 0 to 49407, not 99999"),
     ("--weight-decay -1", "--weight-decay cannot be"), ("--seed 99999999999999999999", "--seed"),
@@ -537,7 +537,7 @@ def test_a_run_leaves_its_folder_and_a_table_and_repeats_exactly(data, capsys):
     assert kinds == ["step", "step", "val", "step", "step", "val", "test"]
     assert last["gallery"] == 2 and len(last["evaluation"]) == 8
     assert train.results_table(last) in capsys.readouterr().out
-    with pytest.raises(InputError, match="a exists: .* continue the run that is there with --resume a"):
+    with pytest.raises(InputError, match="a exists: give a new --out .--resume a continues"):
         train.main([*flags, "--out", "a"])
 
 def test_a_model_is_evaluated_again_on_the_same_clips_and_on_others(clips, data):
@@ -1033,8 +1033,8 @@ def test_a_folder_with_something_in_it_is_not_written_to(data):
     for flags in ([], ["--out", "runs/clips"]):
         with pytest.raises(InputError) as error:
             train.main([*SMALL, "--data", "clips.jsonl", *flags])
-        assert str(error.value) == ("runs/clips exists: give a new --out, or continue the run "
-                                    "that is there with --resume runs/clips")
+        assert str(error.value) == ("runs/clips exists: give a new --out "
+                                    "(--resume runs/clips continues a run)")
     assert os.listdir("runs/clips") == ["mine"] and not os.path.exists("data")
 
 @pytest.mark.parametrize("splits, message", [("train train", "has no test clips"),

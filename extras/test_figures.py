@@ -108,3 +108,10 @@ def test_a_picture_that_is_too_large_for_its_format_is_one_line(tmp_path):
     with pytest.raises(InputError, match="hits.webp: .*limit of 16383 pixels"):
         figures.save_picture(Image.new("RGB", (8, 16400)), tmp_path / "hits.webp")
     assert not list(tmp_path.iterdir())
+
+@pytest.mark.parametrize("name", ["a.png", "A.JPG", "a.jpeg", "a.webp"])
+def test_a_picture_is_saved_in_the_format_of_its_ending(tmp_path, name):
+    figures.check_picture(tmp_path / name)
+    figures.save_picture(Image.new("RGB", (8, 6)), tmp_path / name)
+    formats = {"a.png": "PNG", "a.webp": "WEBP"}
+    assert Image.open(tmp_path / name).format == formats.get(name, "JPEG")

@@ -446,11 +446,16 @@ def test_a_run_resumes_without_the_file_of_its_pretrained_weights(data, monkeypa
         return load(name, "none")
     monkeypatch.setattr(video_colbert, "load_backbone", counted)
     flags = [*FLAGS, "--pretrained", "w.pt"]
+    Path("w.pt").write_text("weights")
     train.main([*flags, "--out", "whole"])
     run_until(monkeypatch, [*flags, "--out", "a"], "training_step", 3)
-    assert calls == ["w.pt", "w.pt"]
+    run_until(monkeypatch, [*flags, "--epochs", "0", "--out", "b"], "result_rows", 0)
+    assert calls == ["w.pt", "w.pt", "w.pt"]
+    Path("w.pt").write_text("others")
+    with pytest.raises(InputError, match="w.pt has changed since b began: start a new run"):
+        train.main(["--resume", "b"])
     train.main(["--resume", "a"])
-    assert calls[2:] == ["none"] and contents("a") == contents("whole")
+    assert calls[3:] == ["none"] and contents("a") == contents("whole")
     assert json.loads(Path("a/config.json").read_text())["pretrained"] == "w.pt"
 
 def test_settings_that_were_edited_by_hand_are_noticed(data, monkeypatch):
@@ -731,34 +736,45 @@ def test_a_default_that_a_reader_edits_is_the_default(monkeypatch, name, value):
 # ---- Found in a fifteenth hour
 def test_a_run_resumes_only_with_the_clips_that_it_could_read(data, monkeypatch):
     """A video whose damage is neither in its size nor in its first 64 KB may be replaced by a
-    good copy: that would be another training set, with other steps."""
+    good copy: that would be another training set, with other steps. A test clip may be."""
+    def some_are_damaged(path, *args):
+        if path in ("0/clip.mp4", "3/clip.mp4"):  # of training and of test
+            raise VideoError(f"{path}: damaged")
+        return sample_frames(path, *args)
     def one_is_damaged(path, *args):
         if path == "0/clip.mp4":
-            raise VideoError("0/clip.mp4: damaged")
+            raise VideoError(f"{path}: damaged")
         return sample_frames(path, *args)
     flags = [*FLAGS, "--allow-missing", "--out"]
     with monkeypatch.context() as patch:
-        patch.setattr(video_colbert, "sample_frames", one_is_damaged)
+        patch.setattr(video_colbert, "sample_frames", some_are_damaged)
         for name in ("a", "b"):
             run_until(monkeypatch, [*flags, name], "training_step", 1)
+        patch.setattr(video_colbert, "sample_frames", one_is_damaged)
         train.main(["--resume", "b"])
-        assert train.read_result("b")["missing_train"] == 1
-    with pytest.raises(InputError, match="other videos can be read than when a was started"):
+        result = train.read_result("b")
+        assert (result["missing_train"], result["missing"]) == (1, 0)
+    with pytest.raises(InputError, match="a was started with 2 training clips that could be "
+                                         "read, now there are 3"):
         train.main(["--resume", "a"])
-    # A checkpoint of an older version does not say which clips could be read.
+    # A checkpoint of an older version does not say how many could be read.
     path = train.checkpoint_paths("a")[-1]
     content = torch.load(path)
-    del content["readable"]
+    del content["train_clips"]
     torch.save(content, path)
     train.main(["--resume", "a"])
 
 def test_a_table_says_whose_model_it_is_of_and_on_which_clips(data, capsys):
     """The folder of an evaluation is called after its clips only."""
+    train.main([*FLAGS, "--epochs", "0"])
+    out = capsys.readouterr().out
+    assert out.startswith("runs/clips on clips.jsonl:\ngallery of 2 clips\n")
+    assert out.endswith("\nruns/clips\n")
     for name in ("a", "b"):
         train.main([*FLAGS, "--epochs", "0", "--seed", str(ord(name)), "--out", name])
     assert capsys.readouterr().out.count("b on clips.jsonl:\ngallery of 2 clips\n") == 1
     train.main(["--eval-only", "a"])
-    with pytest.raises(InputError, match="continue the run that is there with --resume"):
+    with pytest.raises(InputError, match="runs/clips-eval continues a run"):
         train.main(["--eval-only", "b"])
     capsys.readouterr()
     train.main(["--resume", "runs/clips-eval"])

@@ -6,6 +6,7 @@ import shlex
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -461,9 +462,12 @@ def test_a_run_is_reused_if_the_content_of_its_file_of_weights_is_the_same(data,
     flags = [*FLAGS, "--seeds", "1", "--pretrained"]
     Path("w.pt").write_bytes(bytes(2 ** 17) + b"a")
     Path("newer.pt").write_bytes(bytes(2 ** 17) + b"b")
-    main([*flags, "w.pt"])
     shutil.copy("w.pt", "copy.pt")
-    main([*flags, "copy.pt"])
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "evaluate", Mock(side_effect=Killed))
+        main([*flags, "w.pt"])
+    for name in ("copy.pt", "w.pt"):  # the first resumes
+        main([*flags, name])
     assert runs_below() == ["clips"]
     os.utime("newer.pt", (0, 0))
     os.replace("newer.pt", "w.pt")
@@ -475,6 +479,8 @@ def test_a_run_is_reused_if_the_content_of_its_file_of_weights_is_the_same(data,
     train.main(["--resume", "runs/clips-2"])
     typed = " ".join(reproduce.changed_flags(train.read_settings("runs/clips-2")))
     assert "--pretrained w.pt" in typed and "hash" not in typed
+    without = [train.parse_settings([*FLAGS, "--pretrained", x]) for x in ("none", "None", "auto")]
+    assert len({reproduce.identity(s)["pretrained"] for s in without}) == 3
 
 def test_a_run_is_reused_if_its_file_of_clips_is_written_in_another_way(data):
     for name in ("clips.jsonl", "./clips.jsonl", str(data / "clips.jsonl")):

@@ -969,6 +969,7 @@ def test_a_model_that_is_not_where_it_was_is_named_with_the_way_out(tmp_path, mo
     ("search nowhere x", "nowhere is not a complete index"),
     ("search unnamed x", "unnamed does not say which model made it: use --model"),
     ("search index x --sheet hits.xyz", "hits.xyz: a picture's name ends in"),
+    ("search index x --sheet hits.gif", "hits.gif: a picture's name ends in"),
     ("search index x --sheet hits.psd", "hits.psd: a picture's name ends in"),
     ("search index x --sheet no/hits.png", "no/hits.png: no such folder"),
     ("explain x a.png --model model --out no/why.png", "no/why.png: no such folder"),
