@@ -636,8 +636,8 @@ def train(model, data, s, device, out, data_id):
     scaler = make_scaler(device, s.precision)
     state = dict(model=model, optimizer=optimizer, scaler=scaler)
     # `data_id` is of all clips, also of those that --allow-missing has left out.
-    ids = dict(data=data_id, train_clips=len(clips))
-    first, log_end = restore(out, state, ids, s)
+    trained_on = dict(data=data_id, train_clips=len(clips))
+    first, log_end = restore(out, state, trained_on, s)
     # Only the first process logs. The log is cut back to the checkpoint.
     log = open(os.devnull, "ab") if RANK > 0 else open_log(out, log_end)
 
@@ -652,7 +652,7 @@ def train(model, data, s, device, out, data_id):
     with log, bar, signal_handler(lambda number, frame: stop_signal.set()):
         if first == 0 and RANK == 0:
             # From now on, a log without checkpoints means that they were lost.
-            save_checkpoint(out, 0, 0, state, ids, s)
+            save_checkpoint(out, 0, 0, state, trained_on, s)
 
         for step, inputs in enumerate(prefetch(load, todo, s.workers), first):
             epoch = sum(end <= step for end in ends)  # how many have ended
@@ -683,7 +683,7 @@ def train(model, data, s, device, out, data_id):
                 unread = []
 
             if saves and RANK == 0:
-                save_checkpoint(out, step + 1, log.tell(), state, ids, s)
+                save_checkpoint(out, step + 1, log.tell(), state, trained_on, s)
             if stops:
                 break
         if not stops and RANK == 0:
@@ -755,10 +755,11 @@ def checkpoint_paths(out):
     digits = 8 * "[0-9]"
     return sorted(Path(out, "checkpoints").glob(f"step-{digits}.pt"))
 
-def save_checkpoint(out, step, log_end, state, ids, s):
+def save_checkpoint(out, step, log_end, state, trained_on, s):
     """Write out/checkpoints/step-N.pt after N steps, and keep the one before it."""
     content = {name: part.state_dict() for name, part in state.items()}
-    content |= ids | dict(step=step, log_end=log_end, settings=json.dumps(asdict(s)))
+    content |= trained_on
+    content |= dict(step=step, log_end=log_end, settings=json.dumps(asdict(s)))
     path = out / "checkpoints" / f"step-{step:08d}.pt"
     # In memory first, because torch.save's error for a full disk is unclear.
     buffer = io.BytesIO()
@@ -784,7 +785,7 @@ def load_checkpoint(out):
     if paths:
         raise InputError(f"all checkpoints in {out} are damaged: start a new run")
 
-def restore(out, state, ids, s):
+def restore(out, state, trained_on, s):
     """Load the last checkpoint -> its step and the log's length, or 0, 0 without one."""
     content = load_checkpoint(out)
     if content is None:
@@ -796,14 +797,15 @@ def restore(out, state, ids, s):
             raise InputError(f"{out} has a log or a model, but no checkpoints: put "
                              "them back, or start a new run")
         return 0, 0
-    if content["data"] != ids["data"]:
+    if content["data"] != trained_on["data"]:
         raise InputError(f"{out} was started with other clips or captions, "
                          "or a video is gone or has changed")
     # Checkpoints of older versions do not count the clips.
-    count = content.get("train_clips", ids["train_clips"])
-    if count != ids["train_clips"]:
-        raise InputError(f"{out} was started with {count} training clips that could be "
-                         f"read, now there are {ids['train_clips']}: start a new run")
+    count = trained_on["train_clips"]
+    old_count = content.get("train_clips", count)
+    if old_count != count:
+        raise InputError(f"{out} was started with {old_count} training clips that could "
+                         f"be read, now there are {count}: start a new run")
     # settings.json may have been edited. Checkpoints of older versions have no settings.
     refuse_changes(s, json.loads(content.get("settings", "{}")), out)
     for name, part in state.items():

@@ -48,7 +48,7 @@ def all_runs():
             warn_once(f"skipped: {error}")
     return runs
 
-# Two runs that differ only in these have the same result.
+# Settings that do not make two runs different.
 IGNORED = MAY_CHANGE - {"data", "eval_only"}
 
 def identity(s):
@@ -153,10 +153,11 @@ def changed_flags(s):
     """The settings that change the result and differ from the defaults of their data and
     backbone, as flags."""
     default = train.as_saved(parse_settings(["--data", s.data, "--backbone", s.backbone]))
+    skipped = IGNORED | {"pretrained_hash"}
     flags = []
     for name, value in train.as_saved(s).items():
         flag = name.replace("_", "-")
-        if value == default[name] or name in IGNORED | {"pretrained_hash"}:
+        if value == default[name] or name in skipped:
             continue
         if isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")

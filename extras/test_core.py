@@ -306,7 +306,7 @@ def test_input_errors_are_one_line_and_programming_errors_keep_their_traceback(c
     ("--data nonsense", "--data is shapes, msrvtt or FILE.jsonl"),
     ("--loss hinge", "loss must be"), ("--backbone ViT-B-23", "unknown backbone"),
     ("--batch-size 0", "--batch-size cannot be 0"), ("--epochs -1", "--epochs cannot be -1"),
-    ("--lr nan", "--lr cannot be nan"), ("--out {}", " exists: give a new --out"),
+    ("--lr nan", "--lr cannot be nan"), ("--out {}", " exists: give a new --out .--resume"),
     ("--warmup inf", "--warmup cannot be inf"),
     ("--pad-token 99999", "pad_token must be 0 to 49407, not 99999"),
     ("--weight-decay -1", "--weight-decay cannot be"), ("--seed 99999999999999999999", "--seed"),

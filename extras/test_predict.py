@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from extras import predict
 from extras.predict import CARDS, Card, Kernel, KernelCounter, step_seconds
@@ -72,9 +72,12 @@ def test_a_step_has_the_flop_of_torchs_counter_and_of_attention():
     with FlopCounterMode(display=False) as real, KernelCounter() as counter:
         predict.train.training_step(model, optimizer, scaler, s, *batch)
     flop = sum(kernel.flop for kernel in kernels)
+    assert sum(kernel.flop for kernel in counter.kernels) == flop
     # Before torch 2.15, its counter knows nothing of the CPU's attention.
-    assert sum(kernel.flop for kernel in counter.kernels) == flop >= real.get_total_flops()
-    assert flop < 1.1 * real.get_total_flops()
+    if predict.FLOP_FORMULAS.keys() == flop_registry.keys():
+        assert flop == real.get_total_flops()
+    else:
+        assert real.get_total_flops() < flop < 1.1 * real.get_total_flops()
     assert pixels == batch[2].nbytes == 4 * 3 * 3 * 48 * 48
     in_parts, _ = predict.count_step(replace(s, micro_batch=2))
     assert sum(kernel.flop for kernel in in_parts) == pytest.approx(4 / 3 * flop, rel=0.02)
