@@ -10,7 +10,7 @@ shows the same frames backwards, is in the gallery too.
 import argparse
 import json
 import math
-import sys
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -112,7 +112,7 @@ def write_shapes(root, galleries=6):
             for job in tqdm(jobs, f"writing {root}", unit="clip"):
                 job.result()
         finally:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
         (root / "clips.part").write_text("".join(json.dumps(line) + "\n" for line in lines))
         (root / "clips.part").replace(root / "clips.jsonl")
 
@@ -130,6 +130,6 @@ if __name__ == "__main__":
     try:
         write_shapes(folder)
     except KeyboardInterrupt:
-        sys.exit(130)
+        os._exit(130)  # without waiting for threads
     except (OSError, ValueError) as error:
         parser.error(f"{folder}: {error}")

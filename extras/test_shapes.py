@@ -83,11 +83,19 @@ def test_a_folder_that_was_copied_without_its_lock_is_ours(root, tmp_path):
     # Nothing is written, not even a lock: the folder may be read-only.
     assert sorted((tmp_path / "copy").glob("**/*")) == before
 
-def test_ctrl_c_ends_without_a_traceback(tmp_path):
-    command = [sys.executable, "-m", "extras.shapes", str(tmp_path / "new")]
+# Python's import lock stays locked if Ctrl-C comes while the main thread imports something.
+# Threads that import something then wait for ever.
+LOCKED = """import _imp, runpy
+_imp.acquire_lock()
+runpy.run_module("extras.shapes", run_name="__main__")"""
+
+@pytest.mark.parametrize("program, written", [
+    (["-m", "extras.shapes"], "new/videos/*"), (["-c", LOCKED], "new/videos")])
+def test_ctrl_c_ends_without_a_traceback(tmp_path, program, written):
+    command = [sys.executable, *program, str(tmp_path / "new")]
     folder = os.path.dirname(train.__file__)
     process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
-    while not list(tmp_path.glob("new/videos/*")):
+    while not list(tmp_path.glob(written)):
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
