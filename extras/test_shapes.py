@@ -98,5 +98,6 @@ def test_ctrl_c_ends_without_a_traceback(tmp_path, program, written):
     while not list(tmp_path.glob(written)):
         assert process.poll() is None
         time.sleep(0.05)
+    time.sleep(1)  # until all threads have begun
     process.send_signal(signal.SIGINT)
     assert "Traceback" not in process.communicate(timeout=60)[1] and process.returncode == 130
